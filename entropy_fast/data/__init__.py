@@ -1,0 +1,1 @@
+"""Text and prompts that ship with the package."""
