@@ -158,12 +158,16 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts with every tensor on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
     def select(self, index: Tensor) -> Rollouts:
         """The sequences at `index` ((M,) int64 or (N,) bool), in that order."""
-        picked = {f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        picked: dict[str, Any] = {
+            f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **picked, shape=None)
 
     def reshape(self, per_sequence: Tensor) -> Tensor:
