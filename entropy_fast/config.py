@@ -74,6 +74,7 @@ class ImportanceSamplingConfig:
         resample_on_low_ess: recommend fresh rollouts in the result when the flag is raised.
         training_loss: the update's loss: `nll`, the mean cross entropy over generated tokens, or `rl`,
             −mean_b Σ_{g,t} A log p / (G L_max_b).
+        max_grad_norm: clip the update's gradient to this 2-norm; null for no clipping.
         report_per_token: report per-token numbers beside the configured unit.
         snapshot_device: where the copy of the weights waits: `cpu`, `cuda` or `same`.
         master_weights: apply the update to float32 copies of the trainable weights and score both policies in
@@ -87,12 +88,15 @@ class ImportanceSamplingConfig:
     ess_threshold: float = 0.5
     resample_on_low_ess: bool = False
     training_loss: Literal["nll", "rl"] = "nll"
+    max_grad_norm: float | None = None
     report_per_token: bool = False
     snapshot_device: str = "same"
     master_weights: bool = False
 
     def __post_init__(self) -> None:
         _require(self.clip_c > 0, "importance_sampling.clip_c", "above 0", self.clip_c)
+        limit = self.max_grad_norm
+        _require(limit is None or limit > 0, "importance_sampling.max_grad_norm", "above 0 or null", limit)
         _require(self.ess_threshold > 0, "importance_sampling.ess_threshold", "above 0", self.ess_threshold)
 
     @property

@@ -1,0 +1,66 @@
+"""The precision that a model runs in while it is scored, taken back whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["as_loaded", "float32", "tf32"]
+_LOW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def model_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Run `model` in a precision.
+
+    Args:
+        model: its weights keep their dtype and their bits.
+        precision: `as_loaded` changes nothing. `float32` raises low-precision weights one module at a time, while
+            that module runs, and allows no TF32; the model's own code then computes in float32 throughout. `tf32`
+            is as loaded with TF32 matrix products allowed.
+    """
+    if precision == "as_loaded":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    try:
+        with _raised(model) if precision == "float32" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _raised(model: nn.Module) -> Iterator[None]:
+    """Hooks that hold a module's own low-precision tensors as float32 while its forward runs."""
+    handles = []
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        low = [t for t in own if t.dtype in _LOW]
+        if low:
+            stack: list[list[Tensor]] = []
+
+            def raise_(_: nn.Module, __: object, low: list[Tensor] = low, stack: list[list[Tensor]] = stack) -> None:
+                stack.append([t.data for t in low])
+                for t in low:
+                    t.data = t.data.float()
+
+            def lower(
+                _: nn.Module, __: object, ___: object, low: list[Tensor] = low, stack: list[list[Tensor]] = stack
+            ) -> None:
+                for t, data in zip(low, stack.pop(), strict=True):
+                    t.data = data
+
+            handles.append(module.register_forward_pre_hook(raise_))
+            # always_call: the weights come back also when the forward raises
+            handles.append(module.register_forward_hook(lower, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
