@@ -1,1 +1,10 @@
-"""To be written."""
+"""The statistics of an entropy change, as pure functions of scores: no model, no files, float64 on the scores' device.
+
+`PairedScores` holds the data, `entropy_change` estimates, `diagnose` looks for what is wrong with the data, and `judge`
+says in words whether the number can be believed.
+"""
+
+from entropy_fast.estimators.change import EntropyChange, entropy_change
+from entropy_fast.estimators.paired import PairedScores, TokenScores
+
+__all__ = ["EntropyChange", "PairedScores", "TokenScores", "entropy_change"]
