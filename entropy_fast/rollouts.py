@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from entropy_fast.errors import InputError
+from entropy_fast.reference.masks import Counting, TokenMasks, generated_columns, token_masks
+
+__all__ = ["Counting", "Rollouts", "TokenMasks", "token_masks"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Rollouts:
         sequences = _as_tensor(batch["sequences"], "sequences")
         if sequences.ndim != 3:
             raise InputError(f"sequences must have shape (B, G, T), got {tuple(sequences.shape)}")
+        _require_ids(sequences, "sequences")
         b, g, t = sequences.shape
         device = sequences.device
         masks = _shaped(batch["attention_masks"], "attention_masks", (b, g, t), device)
@@ -153,8 +157,7 @@ class Rollouts:
     @property
     def generated(self) -> Tensor:
         """(N, T) bool: columns from the prompt's end on that the attention mask keeps."""
-        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return self.attention_mask & (columns[None, :] >= self.prompt_lens[:, None])
+        return generated_columns(self.attention_mask, self.prompt_lens)
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts with every tensor on `device`."""
@@ -185,80 +188,6 @@ class Rollouts:
             )
 
 
-@dataclass(frozen=True)
-class Counting:
-    """Which generated tokens count.
-
-    Attributes:
-        eos_token_ids: the ids that end a sequence; several models have more than one.
-        include_eos: True counts the EOS as any other token. False takes the first EOS after the prompt out of the
-            integrand and the length; it stays in the importance weight, for a weight without it belongs to no policy.
-        stop_at_eos: False trusts the attention mask (safe for several turns). True drops what follows the first EOS.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    include_eos: bool = True
-    stop_at_eos: bool = False
-
-
-@dataclass(frozen=True)
-class TokenMasks:
-    """What `token_masks` found.
-
-    Attributes:
-        generated: (N, T) bool, every emitted token; importance weights sum over these.
-        counted: (N, T) bool, a subset; S, R and L sum over these.
-        lengths: (N,) int32, the number of counted tokens.
-        eos_column: (N,) int64, the column of the first generated EOS, or −1.
-        runs_past_eos: (N,) bool, generated tokens follow the first EOS.
-    """
-
-    generated: Tensor
-    counted: Tensor
-    lengths: Tensor
-    eos_column: Tensor
-    runs_past_eos: Tensor
-
-    @property
-    def truncated(self) -> Tensor:
-        """(N,) bool: something was generated and no EOS among it."""
-        return (self.eos_column < 0) & self.generated.any(1)
-
-    @property
-    def empty(self) -> Tensor:
-        """(N,) bool: no token counts."""
-        return self.lengths == 0
-
-
-def token_masks(tokens: Tensor, generated: Tensor, counting: Counting) -> TokenMasks:
-    """Find the first EOS of each sequence and apply the counting rules.
-
-    Args:
-        tokens: (N, T) int64.
-        generated: (N, T) bool, see `Rollouts.generated`.
-        counting: the rules.
-    """
-    t = tokens.shape[1]
-    columns = torch.arange(t, device=tokens.device)
-    eos_ids = torch.tensor(counting.eos_token_ids, dtype=tokens.dtype, device=tokens.device)
-    is_eos = torch.isin(tokens, eos_ids) & generated
-    first = torch.where(is_eos, columns, t).amin(1) if t else tokens.new_zeros(len(tokens))
-    after = columns[None, :] > first[:, None]
-    runs_past = (generated & after).any(1)
-    if counting.stop_at_eos:
-        generated = generated & ~after
-    counted = generated
-    if not counting.include_eos:
-        counted = generated & (columns[None, :] != first[:, None])
-    return TokenMasks(
-        generated=generated,
-        counted=counted,
-        lengths=counted.sum(1, dtype=torch.int32),
-        eos_column=torch.where(first < t, first, -1),
-        runs_past_eos=runs_past,
-    )
-
-
 def _as_tensor(value: Any, name: str) -> Tensor:
     try:
         return torch.as_tensor(value)
@@ -275,11 +204,15 @@ def _shaped(value: Any, name: str, shape: tuple[int, ...], device: torch.device)
     return tensor
 
 
+def _require_ids(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{name} must be integer ids, got {tensor.dtype}; pass token ids, not logits or masks")
+
+
 def _check(r: Rollouts) -> None:
     if r.tokens.ndim != 2:
         raise InputError(f"tokens must have shape (N, T), got {tuple(r.tokens.shape)}")
-    if r.tokens.is_floating_point() or r.tokens.dtype == torch.bool:
-        raise InputError(f"tokens must be integer ids, got {r.tokens.dtype}; pass token ids, not logits or masks")
+    _require_ids(r.tokens, "tokens")
     n, t = r.tokens.shape
     if n == 0 or t == 0:
         raise InputError(f"there are no rollouts: tokens has shape {(n, t)}")

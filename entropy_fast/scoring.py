@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from entropy_fast.config import Config
 from entropy_fast.errors import InputError, NonFiniteLogitsError
 from entropy_fast.functional import TokenStats, linear_token_stats, token_stats
 from entropy_fast.heads import eos_token_ids, find_head, forward_kwargs, unwrap
@@ -52,6 +53,30 @@ class Scoring:
     layout: Layout | None = None
     precision: Precision = "as_loaded"
     autocast: torch.dtype | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: Config, model: nn.Module, tokenizer: Any = None, *, gradients: bool = False
+    ) -> Scoring:
+        """The scoring that a configuration asks for.
+
+        Args:
+            config: its `entropy`, `generation`, `memory_config` and `importance_sampling` sections are read.
+            model: for the EOS ids, where the configuration names none.
+            tokenizer: its EOS ids join the model's.
+            gradients: take the microbatch size of differentiable passes, and the precision of training.
+        """
+        memory = config.memory_config
+        differentiable = memory.teacher_force_microbatch_size or memory.microbatch_size
+        master = config.importance_sampling.master_weights and not gradients
+        return cls(
+            counting=config.entropy.counting(eos_token_ids(model, tokenizer)),
+            temperature=config.generation.temperature,
+            token_budget=memory.token_budget,
+            max_sequences=differentiable if gradients else memory.importance_microbatch_size,
+            precision="float32" if master else memory.precision if not gradients else "as_loaded",
+            autocast=getattr(torch, memory.dtype) if memory.amp else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,239 @@
+"""`ImportanceSampler`: by how much an update changes the policy's entropy, from rollouts of the original policy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast.change import Change, measure_change, measure_noise_floor
+from entropy_fast.config import Config
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.scoring import Scores, Scoring, score
+from entropy_fast.update import StepReport, one_step
+
+
+class ImportanceSampler:
+    """Scores rollouts before and after one optimizer step and reports the change of entropy with its uncertainty.
+
+    Args:
+        model: a causal language model; every method leaves it, and the optimizer, bit for bit as they were.
+        config: the proposal's configuration (a mapping, or a `Config`); see `Config.from_dict`.
+        logger: a `logging.Logger`; None takes the package's.
+        tokenizer: its EOS ids join the model's; optional.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any] | Config | None = None,
+        logger: logging.Logger | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model = model
+        self.config = config if isinstance(config, Config) else Config.from_dict(config, strict=False)
+        self.logger = logger or logging.getLogger("entropy_fast")
+        self.tokenizer = tokenizer
+
+    def compute_entropy_change(
+        self, batch_data: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any]:
+        """Score, step, score, restore: ΔH of one optimizer step, evaluated and taken on the same batch.
+
+        Args:
+            batch_data: see `Rollouts.from_batch`.
+            optimizer: takes the step; None makes an AdamW with the configuration's `learning_rate`.
+
+        Returns:
+            `original_entropy`, `updated_entropy` and `deltaH_snis` in nats, in the configured unit (`deltaH_snis`
+            keeps its name whatever the weighting); `ESS`; `psis_k`; `timing` in seconds; `diagnostics`; and, new,
+            `sequence` and `per_token` (estimate, standard errors, interval, jackknife, in nats and bits), `verdict`,
+            `noise_floor` and `update`.
+
+        Raises:
+            InputError: the batch does not fit, or `training_loss: rl` without advantages.
+        """
+        rollouts = Rollouts.from_batch(batch_data)
+        change, step, timing = self._change_by_step(self.model, rollouts, rollouts, optimizer, self.config)
+        return self._result(change, step, timing)
+
+    def entropy_change_two_batch(
+        self,
+        model: nn.Module | None,
+        E_batch: Mapping[str, Any],
+        U_batch: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer | None = None,
+        cfg_importance: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """ΔH evaluated on one batch, of a step taken on another.
+
+        Args:
+            model: None takes the sampler's own.
+            E_batch: rollouts that the entropy is evaluated on.
+            U_batch: rollouts that the step is taken on.
+            optimizer: see `compute_entropy_change`.
+            cfg_importance: keys of the `importance_sampling` section (and microbatch sizes of `memory_config`) that
+                override the configuration.
+
+        Returns:
+            `H_orig`, `H_upd`, `deltaH_true` in nats per sequence, `H_orig_tok`, `H_upd_tok`, `deltaH_true_tok` in
+            nats per token, `timing`, `diagnostics`, and what `compute_entropy_change` adds.
+        """
+        config = self._with_importance(cfg_importance)
+        evaluated, stepped = Rollouts.from_batch(E_batch), Rollouts.from_batch(U_batch)
+        change, step, timing = self._change_by_step(
+            self.model if model is None else model, evaluated, stepped, optimizer, config
+        )
+        sequence, token = (change.estimates[f"{unit}/{config.entropy.integrand}"] for unit in ("sequence", "per_token"))
+        return {
+            "H_orig": sequence.original,
+            "H_upd": sequence.updated,
+            "deltaH_true": sequence.value,
+            "H_orig_tok": token.original,
+            "H_upd_tok": token.updated,
+            "deltaH_true_tok": token.value,
+        } | self._result(change, step, timing)
+
+    def validate_importance_sampling(
+        self, batch_data: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None
+    ) -> bool:
+        """Whether the machinery holds on this batch: True, or False with the reasons logged.
+
+        Checks that the same policy scored twice gives exactly the same log-probs, that model and optimizer come back
+        bit for bit, and that the verdict on the measured change finds no fault with the rollouts.
+        """
+        rollouts = Rollouts.from_batch(batch_data)
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        result = self.compute_entropy_change(batch_data, optimizer)
+        first = score(self.model, rollouts, self._scoring(self.config))
+        second = score(self.model, rollouts, replace(self._scoring(self.config), layout=first.layout))
+        faults = []
+        if not torch.equal(first.logprob, second.logprob):
+            faults.append("scoring the same policy twice gave different log-probs")
+        changed = [name for name, tensor in self.model.state_dict().items() if not _same_bits(tensor, before[name])]
+        if changed:
+            faults.append(f"{changed[0]} was not restored")
+        if not result["verdict"]["believable"]:
+            faults += result["verdict"]["reasons"]
+        for fault in faults:
+            self.logger.warning("importance sampling: %s", fault)
+        return not faults
+
+    def compare(self, original: Scores, updated: Scores, rollouts: Rollouts) -> Change:
+        """The change between two sets of scores of the same rollouts, however the two policies came about."""
+        return measure_change(rollouts, original, updated, self.config)
+
+    def _compute_logprobs_for_sequences(
+        self, sequences: Tensor, prompt_lens: Tensor, attention_masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sequence log-prob sums S (B, G), float32, in nats, and lengths L (B, G), int32, of the counted tokens.
+
+        Args:
+            sequences: (B, G, T) token ids.
+            prompt_lens: (B,) the column at which generation starts.
+            attention_masks: (B, G, T).
+        """
+        batch = {"sequences": sequences, "prompt_lens": prompt_lens, "attention_masks": attention_masks}
+        rollouts = Rollouts.from_batch(batch)
+        scores = score(self.model, rollouts, replace(self._scoring(self.config), entropy=False))
+        return rollouts.reshape(scores.S.float()), rollouts.reshape(scores.lengths)
+
+    def _change_by_step(
+        self,
+        model: nn.Module,
+        evaluated: Rollouts,
+        stepped: Rollouts,
+        optimizer: torch.optim.Optimizer | None,
+        config: Config,
+    ) -> tuple[Change, StepReport, dict[str, float]]:
+        settings = config.importance_sampling
+        if optimizer is None:
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate)
+        clock = _Clock(model)
+        scoring = Scoring.from_config(config, model, self.tokenizer)
+        original = score(model, evaluated, scoring)
+        clock.lap("score_original")
+        floor = measure_noise_floor(model, evaluated, original, config, scoring)
+        clock.lap("noise_floor")
+        with one_step(
+            model,
+            optimizer,
+            stepped,
+            Scoring.from_config(config, model, self.tokenizer, gradients=True),
+            loss=settings.training_loss,
+            master_weights=settings.master_weights,
+            max_grad_norm=settings.max_grad_norm,
+            snapshot_device=settings.snapshot_device,
+        ) as (step, _):
+            clock.lap("update")
+            updated = score(model, evaluated, replace(scoring, layout=original.layout))
+            clock.lap("score_updated")
+        clock.lap("restore")
+        change = measure_change(evaluated, original, updated, config, noise_floor=floor)
+        clock.lap("statistics")
+        return change, step, clock.laps | {"total": sum(clock.laps.values())}
+
+    def _scoring(self, config: Config) -> Scoring:
+        return Scoring.from_config(config, self.model, self.tokenizer)
+
+    def _with_importance(self, overrides: Mapping[str, Any] | None) -> Config:
+        sections = self.config.to_dict()
+        for key, value in (overrides or {}).items():
+            section = "memory_config" if key in sections["memory_config"] else "importance_sampling"
+            sections[section][key] = value
+        return Config.from_dict(sections, strict=True)
+
+    def _result(self, change: Change, step: StepReport, timing: dict[str, float]) -> dict[str, Any]:
+        report = change.to_dict()
+        headline = change.headline
+        if change.low_ess:
+            self.logger.warning(
+                "effective sample size %.1f of %d sequences is below the threshold; %s",
+                change.diagnostics.ess,
+                len(change.rollouts),
+                "draw fresh rollouts from the updated policy"
+                if self.config.importance_sampling.resample_on_low_ess
+                else "the estimate rests on few sequences",
+            )
+        result = {
+            "deltaH_snis": headline.value,
+            "ESS": change.diagnostics.ess,
+            "psis_k": change.diagnostics.khat,
+            "original_entropy": headline.original,
+            "updated_entropy": headline.updated,
+            "unit": headline.unit,
+            "timing": timing,
+            "update": asdict(step),
+        }
+        return result | {key: report[key] for key in report if key not in result}
+
+
+class _Clock:
+    """Seconds between laps; on a GPU, of finished work."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cuda = any(p.is_cuda for p in model.parameters())
+        self.laps: dict[str, float] = {}
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+    )
