@@ -18,6 +18,16 @@ class Transform(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def factor(self) -> float:
+        """z = factor · core(raw)."""
+        return (self.scale if self.softcap is None else self.softcap) / self.temperature
+
+    @property
+    def squeeze(self) -> float | None:
+        """core(raw) = tanh(squeeze · raw); None without a softcap, where core(raw) = raw."""
+        return None if self.softcap is None else self.scale / self.softcap
+
     def apply_(self, raw: torch.Tensor) -> torch.Tensor:
         """The logits of the softmax, written over `raw`."""
         if self.softcap is not None:
