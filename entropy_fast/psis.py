@@ -18,7 +18,8 @@ from torch import Tensor
 from entropy_fast.collective import ALONE, Collective
 from entropy_fast.errors import EntropyFastWarning, InputError
 
-_MIN_TAIL = 5
+MIN_TAIL = 5
+"""A tail of fewer points is not fitted."""
 
 
 def tail_length(n: int, r_eff: float = 1.0) -> int:
@@ -58,8 +59,8 @@ def psislw(log_weights: Tensor, r_eff: float = 1.0, *, collective: Collective = 
 
     tail_size = tail_length(count, r_eff)
     khat, reason = x.new_tensor(math.inf), ""
-    if tail_size < _MIN_TAIL:
-        reason = f"{count} weights leave {tail_size} in the tail and {_MIN_TAIL} are needed"
+    if tail_size < MIN_TAIL:
+        reason = f"{count} weights leave {tail_size} in the tail and {MIN_TAIL} are needed"
     else:
         members, values, cutoff = _find_tail(x, tail_size, collective)
         fitted, fitted_khat, reason = _fit_tail(values, cutoff)

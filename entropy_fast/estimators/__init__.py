@@ -5,6 +5,21 @@ says in words whether the number can be believed.
 """
 
 from entropy_fast.estimators.change import EntropyChange, entropy_change
+from entropy_fast.estimators.diagnostics import Diagnostics, Endings, SamplerGap, diagnose
 from entropy_fast.estimators.paired import PairedScores, TokenScores
+from entropy_fast.estimators.verdict import Finding, Thresholds, Verdict, judge
 
-__all__ = ["EntropyChange", "PairedScores", "TokenScores", "entropy_change"]
+__all__ = [
+    "Diagnostics",
+    "Endings",
+    "EntropyChange",
+    "Finding",
+    "PairedScores",
+    "SamplerGap",
+    "Thresholds",
+    "TokenScores",
+    "Verdict",
+    "diagnose",
+    "entropy_change",
+    "judge",
+]

@@ -75,13 +75,11 @@ class EntropyChange:
         return self.value - self.jackknife
 
     @property
-    def bits(self) -> EntropyChange:
-        """The same in bits: every entropy divided by ln 2."""
+    def bits(self) -> dict[str, Any]:
+        """The entropies, errors and interval in bits (nats over ln 2)."""
         scaled: dict[str, Any] = {name: getattr(self, name) / math.log(2) for name in _IN_NATS}
-        scaled["interval"] = (self.interval[0] / math.log(2), self.interval[1] / math.log(2))
-        scaled["influence"] = self.influence / math.log(2)
-        scaled["contributions"] = self.contributions / math.log(2)
-        return dataclasses.replace(self, **scaled)
+        scaled["interval"] = [bound / math.log(2) for bound in self.interval]
+        return scaled
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, without the per-sequence tensors; entropies in nats, and again under "bits"."""
@@ -90,10 +88,7 @@ class EntropyChange:
             for field in dataclasses.fields(self)
             if not isinstance(getattr(self, field.name), Tensor)
         }
-        numbers["interval"] = list(self.interval)
-        bits: dict[str, Any] = {name: numbers[name] / math.log(2) for name in _IN_NATS}
-        bits["interval"] = [bound / math.log(2) for bound in self.interval]
-        return {**numbers, "bits": bits}
+        return {**numbers, "interval": list(self.interval), "bits": self.bits}
 
     def to_json(self, **options: Any) -> str:
         """`to_dict` as JSON; what is unknown (NaN) reads null. Options go to json.dumps."""

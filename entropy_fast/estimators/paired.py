@@ -49,6 +49,8 @@ class PairedScores:
     """L: number of counted tokens."""
     generated_length: Tensor
     """Number of generated tokens, L or more."""
+    generated_logprob0: Tensor | None
+    """Log-prob of all generated tokens under π0; None when only sums over the counted ones are known."""
     prompt_index: Tensor
     """[N] int64: which prompt each sequence belongs to."""
     surprise0: Tensor | None
@@ -116,6 +118,7 @@ class PairedScores:
             log_weight=(lp1 - lp0).sum(dim=1),
             length=counted.sum(dim=1).to(torch.float64),
             generated_length=generated.sum(dim=1).to(torch.float64),
+            generated_logprob0=lp0.sum(dim=1),
             prompt_index=_prompts(prompt_index, shape[0], lp0.device),
             surprise0=None if h0 is None else (lp0 + h0).sum(dim=1),
             surprise1=None if h1 is None else (lp1 + h1).sum(dim=1),
@@ -184,6 +187,7 @@ class PairedScores:
             log_weight=weight,
             length=counted,
             generated_length=emitted,
+            generated_logprob0=s0 if whole else None,
             prompt_index=_prompts(prompt_index, n, device),
             surprise0=s0 + r0 if whole and r0 is not None else None,
             surprise1=s1 + r1 if whole and r1 is not None else None,
