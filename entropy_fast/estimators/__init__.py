@@ -6,7 +6,10 @@ says in words whether the number can be believed.
 
 from entropy_fast.estimators.change import EntropyChange, entropy_change
 from entropy_fast.estimators.diagnostics import Diagnostics, Endings, SamplerGap, diagnose
+from entropy_fast.estimators.first_order import FirstOrder, first_order
+from entropy_fast.estimators.noise import NoiseFloor, noise_floor
 from entropy_fast.estimators.paired import PairedScores, TokenScores
+from entropy_fast.estimators.response import ResponseFit, fit_response
 from entropy_fast.estimators.verdict import Finding, Thresholds, Verdict, judge
 
 __all__ = [
@@ -14,12 +17,18 @@ __all__ = [
     "Endings",
     "EntropyChange",
     "Finding",
+    "FirstOrder",
+    "NoiseFloor",
     "PairedScores",
+    "ResponseFit",
     "SamplerGap",
     "Thresholds",
     "TokenScores",
     "Verdict",
     "diagnose",
     "entropy_change",
+    "first_order",
+    "fit_response",
     "judge",
+    "noise_floor",
 ]
