@@ -289,11 +289,11 @@ class _Probe:
         expected = transform(self.head_output.double())
         if expected.shape != self.logits.shape:
             return False
-        # the model rounds a few times to its own dtype on the way; a wrong transform is off by whole logits
+        # the model rounds up to four times to its own dtype on the way, half a unit each; allow for six
         unit = torch.finfo(self.logits.dtype).eps
         if self.head_output.is_floating_point():
             unit = max(unit, torch.finfo(self.head_output.dtype).eps)
-        bound = 8 * unit * expected.abs().amax().clamp_min(1e-3)
+        bound = 3 * unit * expected.abs().amax().clamp_min(1e-3)
         return bool(((expected - self.logits.double()).abs() <= bound).all())
 
 
