@@ -11,6 +11,7 @@ after the tokens b and, before that, c, for prompt x (positions before the first
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -38,9 +39,10 @@ class Listing:
         return self.generated if include_eos else self.generated & (self.tokens != EOS)
 
 
+@functools.cache
 def list_sequences() -> Listing:
     """Every sequence that ends with an EOS or has the full length: 4^0 + ... + 4^5 + 4^6 = 5461."""
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for length in range(MAX_TOKENS):
         rows += [(*body, EOS) for body in itertools.product(range(1, VOCABULARY), repeat=length)]
     rows += list(itertools.product(range(1, VOCABULARY), repeat=MAX_TOKENS))
@@ -50,35 +52,38 @@ def list_sequences() -> Listing:
     return Listing(tokens, generated, has_eos=((tokens == EOS) & generated).any(dim=1))
 
 
-def logits(listing: Listing, eta: float | Tensor) -> Tensor:
+def logits(eta: float | Tensor) -> Tensor:
     """[prompts, N, 6, 5] float64: the logits before each token of each sequence; differentiable in η."""
-    previous = torch.cat((torch.full_like(listing.tokens[:, :2], BOS), listing.tokens[:, :-1]), dim=1)
-    x = torch.arange(N_PROMPTS, dtype=torch.float64)[:, None, None, None]
+    tokens = list_sequences().tokens
+    previous = torch.cat((torch.full_like(tokens[:, :2], BOS), tokens[:, :-1]), dim=1).to(torch.float64)
     a = torch.arange(VOCABULARY, dtype=torch.float64)
     t = torch.arange(MAX_TOKENS, dtype=torch.float64)[:, None]
-    b = previous[:, 1:, None].to(torch.float64)
-    c = previous[:, :-1, None].to(torch.float64)
+    x = torch.arange(N_PROMPTS, dtype=torch.float64)[:, None, None, None]
+    b, c = previous[:, 1:, None], previous[:, :-1, None]
     z = 1.5 * torch.sin(1.3 * a + 0.7 * b + 0.31 * c + 0.17 * t + 0.5 * x) + 0.8 * (a == EOS).to(a)
     return z + eta * (torch.cos(0.9 * a - 0.4 * b + 0.23 * c + 0.11 * t + 0.8 * x) + 0.5 * z)
 
 
-def token_scores(listing: Listing, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of each token, both [prompts, N, 6], 0 beyond the end."""
+def token_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of each token of each sequence, both [prompts, N, 6], 0 beyond the end."""
+    listing = list_sequences()
     logp = logits.log_softmax(dim=-1)
     logprob = logp.gather(-1, listing.tokens.expand(len(logp), -1, -1)[..., None])[..., 0]
-    # −inf (a token cut off) has probability 0 and adds nothing
+    # a token that was cut off (−inf) has probability 0 and adds nothing
     entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)
     return torch.where(listing.generated, logprob, 0.0), torch.where(listing.generated, entropy, 0.0)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Exact values, averaged over the four prompts, in nats and tokens."""
+    """Exact values of a policy, averaged over the four prompts; nats and tokens."""
 
     entropy: float
     mean_length: float
     truncated: float
-    by_prompt: Tensor
+    """Probability of no EOS."""
+    by_prompt: tuple[float, ...]
+    """Entropies."""
 
     @property
     def per_token(self) -> float:
@@ -86,64 +91,80 @@ class Truth:
         return self.entropy / self.mean_length
 
 
-def truth(listing: Listing, eta: float, *, include_eos: bool = True) -> Truth:
-    """The entropy and the length of the policy at η, by summing over all sequences.
+@dataclass(frozen=True)
+class Draws:
+    """Sequences drawn from a policy, each field [n] int64."""
 
-    Without the EOS both leave it out: the entropy is then E[−Σ log p] over the other tokens.
+    kind: Tensor
+    """Which of the four prompts."""
+    sequence: Tensor
+    """Which of the listed sequences."""
+    prompt_index: Tensor
+    """Which drawn prompt; several of them can be of one kind."""
+
+    @property
+    def has_eos(self) -> Tensor:
+        """[n] bool: ended by itself."""
+        return list_sequences().has_eos[self.sequence]
+
+    def keep(self, mask: Tensor) -> Draws:
+        """Only some of the sequences."""
+        return Draws(self.kind[mask], self.sequence[mask], self.prompt_index[mask])
+
+
+class Policy:
+    """The model at one η, with the scores of all its sequences.
+
+    Args:
+        eta: size of the update; 0 for the original.
+        temperature: divides the logits.
+        top_p: keeps, at each step, the likeliest tokens up to and including the one that reaches this mass.
     """
-    logprob, _ = token_scores(listing, logits(listing, eta))
-    probability = logprob.sum(dim=-1).exp()
-    counted = listing.counted(include_eos=include_eos)
-    by_prompt = -(probability * (logprob * counted).sum(dim=-1)).sum(dim=1)
-    length = (probability * counted.sum(dim=-1)).sum(dim=1)
-    return Truth(
-        entropy=float(by_prompt.mean()),
-        mean_length=float(length.mean()),
-        truncated=float((probability * ~listing.has_eos).sum(dim=1).mean()),
-        by_prompt=by_prompt,
-    )
+
+    def __init__(self, eta: float = 0.0, *, temperature: float = 1.0, top_p: float | None = None):
+        scaled = logits(eta) / temperature
+        if top_p is not None:
+            scaled = scaled.masked_fill(~_nucleus(scaled, top_p), -torch.inf)
+        self.logprob, self.entropy = token_scores(scaled)
+        """Each [4, N, 6]."""
+        self.probability = self.logprob.sum(dim=-1).exp()
+        """[4, N]."""
+
+    def truth(self, *, include_eos: bool = True) -> Truth:
+        """By summing over all sequences. Without the EOS, entropy and length both leave it out."""
+        listing = list_sequences()
+        counted = listing.counted(include_eos=include_eos)
+        by_prompt = -(self.probability * (self.logprob * counted).sum(dim=-1)).sum(dim=1)
+        return Truth(
+            entropy=float(by_prompt.mean()),
+            mean_length=float((self.probability * counted.sum(dim=-1)).sum(dim=1).mean()),
+            truncated=float((self.probability * ~listing.has_eos).sum(dim=1).mean()),
+            by_prompt=tuple(by_prompt.tolist()),
+        )
+
+    def sample(self, n_prompts: int, per_prompt: int, generator: torch.Generator) -> Draws:
+        """Draw prompts, each one of the four at random, and sequences for each."""
+        kind = torch.randint(N_PROMPTS, (n_prompts,), generator=generator)
+        sequence = torch.multinomial(self.probability[kind], per_prompt, replacement=True, generator=generator)
+        index = torch.arange(n_prompts).repeat_interleave(per_prompt)
+        return Draws(kind.repeat_interleave(per_prompt), sequence.flatten(), index)
 
 
-def sample(
-    listing: Listing,
-    sampler_logits: Tensor,
-    n_prompts: int,
-    per_prompt: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `n_prompts` prompts at random, and sequences for each.
-
-    Returns, each [n_prompts · per_prompt] int64: which of the four prompts, which sequence of the listing, and the
-    index of the drawn prompt.
-    """
-    probability = token_scores(listing, sampler_logits)[0].sum(dim=-1).exp()
-    kind = torch.randint(N_PROMPTS, (n_prompts,), generator=generator)
-    sequence = torch.multinomial(probability[kind], per_prompt, replacement=True, generator=generator)
-    return (
-        kind.repeat_interleave(per_prompt),
-        sequence.flatten(),
-        torch.arange(n_prompts).repeat_interleave(per_prompt),
-    )
-
-
-def paired_scores(
-    listing: Listing,
-    logits0: Tensor,
-    logits1: Tensor,
-    kind: Tensor,
-    sequence: Tensor,
-    prompt_index: Tensor,
-    *,
-    include_eos: bool = True,
-) -> PairedScores:
+def score(draws: Draws, original: Policy, updated: Policy, *, include_eos: bool = True) -> PairedScores:
     """The drawn sequences scored under both policies."""
-    (lp0, h0), (lp1, h1) = token_scores(listing, logits0), token_scores(listing, logits1)
+    listing, rows = list_sequences(), (draws.kind, draws.sequence)
     return PairedScores.from_tokens(
-        lp0[kind, sequence],
-        lp1[kind, sequence],
-        h0[kind, sequence],
-        h1[kind, sequence],
-        listing.generated[sequence],
-        listing.counted(include_eos=include_eos)[sequence],
-        prompt_index,
+        original.logprob[rows],
+        updated.logprob[rows],
+        original.entropy[rows],
+        updated.entropy[rows],
+        listing.generated[draws.sequence],
+        listing.counted(include_eos=include_eos)[draws.sequence],
+        draws.prompt_index,
     )
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    keep = probability.cumsum(dim=-1) - probability < top_p
+    return torch.zeros_like(keep).scatter(-1, order, keep)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from entropy_fast.estimators.change import EntropyChange
 from entropy_fast.estimators.diagnostics import Diagnostics
+from entropy_fast.estimators.noise import NoiseFloor
 from entropy_fast.psis import MIN_TAIL, tail_length
 
 Severity = Literal["fail", "caution", "note"]
@@ -94,7 +95,7 @@ def judge(
     estimate: EntropyChange,
     diagnostics: Diagnostics,
     *,
-    noise_floor: float | None = None,
+    noise_floor: float | NoiseFloor | None = None,
     thresholds: Thresholds | None = None,
 ) -> Verdict:
     """Weigh an estimate and the diagnostics of the same scores.
@@ -102,17 +103,18 @@ def judge(
     Args:
         estimate: from `entropy_change`.
         diagnostics: from `diagnose`.
-        noise_floor: rounding noise of ΔH in the estimate's own unit, nats (`NoiseFloor.floor`); None when not measured.
+        noise_floor: rounding noise of ΔH in the estimate's own unit, nats; None when not measured.
         thresholds: other bounds than the defaults.
 
     Returns:
         A verdict: "not believable" when anything failed, "caution" when something asks for it, else "believable".
     """
     limits = thresholds or Thresholds()
+    floor = noise_floor.floor if isinstance(noise_floor, NoiseFloor) else noise_floor
     findings = [
         *_about_the_sample(diagnostics, limits),
         *_about_the_weights(diagnostics, limits),
-        *_about_the_estimate(estimate, limits, noise_floor),
+        *_about_the_estimate(estimate, limits, floor),
     ]
     order = {"fail": 0, "caution": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.severity])
