@@ -96,6 +96,7 @@ def judge(
     diagnostics: Diagnostics,
     *,
     noise_floor: float | NoiseFloor | None = None,
+    in_sample: bool = False,
     thresholds: Thresholds | None = None,
 ) -> Verdict:
     """Weigh an estimate and the diagnostics of the same scores.
@@ -104,6 +105,8 @@ def judge(
         estimate: from `entropy_change`.
         diagnostics: from `diagnose`.
         noise_floor: rounding noise of ΔH in the estimate's own unit, nats; None when not measured.
+        in_sample: the update was fitted to these same sequences. Their weights then lean above 1, so E[w] = 1 is no
+            test of the sampling, and ΔH leans towards what the update favours in this sample.
         thresholds: other bounds than the defaults.
 
     Returns:
@@ -116,6 +119,9 @@ def judge(
         *_about_the_weights(diagnostics, limits),
         *_about_the_estimate(estimate, limits, floor),
     ]
+    if in_sample:
+        findings = [finding for finding in findings if finding.code != "mean_weight"]
+        findings += _about_fitting(diagnostics, limits)
     order = {"fail": 0, "caution": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.severity])
     gravest = findings[0].severity if findings else "note"
@@ -230,6 +236,17 @@ def _about_the_sample(d: Diagnostics, limits: Thresholds) -> list[Finding]:
             Finding("empty", "caution", f"{d.empty_share:.0%} of the sequences have no counted token; check the masks")
         )
     return found
+
+
+def _about_fitting(d: Diagnostics, limits: Thresholds) -> list[Finding]:
+    """How much did the update learn these very sequences?"""
+    message = (
+        f"the step was taken on the sequences that it is evaluated on (their weights average {d.mean_weight:.4g}, "
+        f"z = {d.mean_weight_z:.1f}): ΔH is partly what it learned by heart; evaluate on other rollouts "
+        "(entropy_change_two_batch)"
+    )
+    leans = abs(d.mean_weight_z) > limits.z_caution
+    return [Finding("in_sample", "caution" if leans else "note", message)]
 
 
 def _about_the_weights(d: Diagnostics, limits: Thresholds) -> list[Finding]:
