@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from entropy_fast.estimators import FirstOrder, first_order
+from entropy_fast.estimators.paired import Integrand
 from entropy_fast.policies import moved
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.scoring import Scorer, Scoring, evaluation_mode, score
 
 Direction = Mapping[nn.Parameter, Tensor]
+Method = Literal["backward", "difference"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def directional_scores(
     direction: Direction,
     scoring: Scoring,
     *,
-    method: Literal["backward", "difference"] = "backward",
+    method: Method = "backward",
     entropy: bool = False,
     step: float | None = None,
 ) -> DirectionalScores:
@@ -58,13 +62,88 @@ def directional_scores(
     return _by_backward(model, rollouts, direction, replace(scoring, entropy=entropy))
 
 
+@dataclass(frozen=True)
+class DeltaH1:
+    """δH₁ = ∇H·v in both units.
+
+    Attributes:
+        sequence: nats per sequence.
+        per_token: nats per token.
+        normalized: with length_normalize_deltah1, the change of E[−S/L]: `exact`, its gradient along v, and `proposal`,
+            what differentiating the probe loss with S/L in the place of S gives. None without.
+    """
+
+    sequence: FirstOrder
+    per_token: FirstOrder
+    normalized: dict[str, FirstOrder] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers; `deltaH1` is the sequence form, or the proposal's normalised one where that was asked for."""
+        main = self.sequence if self.normalized is None else self.normalized["proposal"]
+        return {
+            "deltaH1": main.value,
+            "deltaH1_se": main.se,
+            "deltaH1_bits": main.value / math.log(2),
+            "sequence": self.sequence.to_dict(),
+            "per_token": self.per_token.to_dict(),
+            "length_normalized": self.normalized and {name: form.to_dict() for name, form in self.normalized.items()},
+        }
+
+
+def delta_h1(
+    model: nn.Module,
+    rollouts: Rollouts,
+    direction: Direction,
+    scoring: Scoring,
+    *,
+    integrand: Integrand = "sampled",
+    length_normalize: bool = False,
+    method: Method = "backward",
+) -> DeltaH1:
+    """First-order change of the entropy along v, at the model's present weights, from rollouts of its policy.
+
+    Args:
+        model: see `directional_scores`.
+        rollouts: drawn from the model as it is.
+        direction: v by parameter, the update vector of an optimizer's step, say.
+        scoring: how to score.
+        integrand: `sampled` or `rao_blackwell`; the latter adds the entropies' own derivatives.
+        length_normalize: also give the two length-normalised forms (of the sampled integrand).
+        method: see `directional_scores`.
+    """
+    by_entropy = integrand == "rao_blackwell"
+    scores = score(model, rollouts, replace(scoring, entropy=by_entropy))
+    along = directional_scores(model, rollouts, direction, scoring, method=method, entropy=by_entropy)
+    a = scores.R if by_entropy else -scores.S
+    assert a is not None
+    whole = torch.equal(scores.masks.counted, scores.masks.generated)
+    direct = along.r_dot if by_entropy else None if whole else -along.u_counted
+    data = (along.u, a, scores.lengths.double(), rollouts.prompt_index)
+    normalized = None
+    if length_normalize:
+        sampled = (along.u, -scores.S, *data[2:])
+        normalized = {
+            "exact": first_order(*sampled, length_normalize="exact", direct=None if whole else -along.u_counted),
+            "proposal": first_order(*sampled, length_normalize="proposal"),
+        }
+    return DeltaH1(
+        sequence=first_order(*data, direct=direct),
+        per_token=first_order(*data, unit="per_token", direct=direct),
+        normalized=normalized,
+    )
+
+
+def norm(direction: Direction) -> float:
+    """The 2-norm of v over all parameters."""
+    return sum(float(v.double().square().sum()) for v in direction.values()) ** 0.5
+
+
 def _by_difference(
     model: nn.Module, rollouts: Rollouts, direction: Direction, scoring: Scoring, step: float | None
 ) -> DirectionalScores:
     if step is None:
-        size = sum(float(v.double().square().sum()) for v in direction.values()) ** 0.5
-        norm = sum(float(p.detach().double().square().sum()) for p in direction) ** 0.5
-        step = 1e-3 * norm / size if size > 0 and norm > 0 else 1.0
+        size, weights = norm(direction), norm({p: p.detach() for p in direction})
+        step = 1e-3 * weights / size if size > 0 and weights > 0 else 1.0
     results = []
     for eta in (step, -step):
         with moved(direction, eta, round_to_dtype=scoring.precision != "float32"):

@@ -118,8 +118,7 @@ class ImportanceSampler:
         changed = [name for name, tensor in self.model.state_dict().items() if not _same_bits(tensor, before[name])]
         if changed:
             faults.append(f"{changed[0]} was not restored")
-        if not result["verdict"]["believable"]:
-            faults += result["verdict"]["reasons"]
+        faults += [f["message"] for f in result["verdict"]["findings"] if f["severity"] == "fail"]
         for fault in faults:
             self.logger.warning("importance sampling: %s", fault)
         return not faults
@@ -175,7 +174,7 @@ class ImportanceSampler:
             updated = score(model, evaluated, replace(scoring, layout=original.layout))
             clock.lap("score_updated")
         clock.lap("restore")
-        change = measure_change(evaluated, original, updated, config, noise_floor=floor)
+        change = measure_change(evaluated, original, updated, config, noise_floor=floor, in_sample=evaluated is stepped)
         clock.lap("statistics")
         return change, step, clock.laps | {"total": sum(clock.laps.values())}
 

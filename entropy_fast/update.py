@@ -31,8 +31,8 @@ class StepReport:
     Attributes:
         loss: the loss's value before the step.
         grad_norm: the 2-norm of the gradient over all trainable parameters.
-        unchanged_share: the share of the trainable weights whose bits the step left as they were. Near 1 in bf16
-            training: a small step is lost to rounding there, and that is the true update of such training.
+        unchanged_share: of the weights with a gradient, the share whose bits the step left as they were. Near 1 in
+            bf16 training: a small step is lost to rounding there, and that is the true update of such training.
     """
 
     loss: float
@@ -85,12 +85,13 @@ class Snapshot:
         }
 
     def unchanged_share(self) -> float:
-        """The share of the trainable weights that still have the copied bits."""
+        """Of the weights with a gradient other than 0, the share that still has the copied bits."""
         same = total = 0
         for parameter, _, saved in self._data:
-            if parameter.requires_grad:
-                same += int((parameter.data == saved.to(parameter.device)).sum())
-                total += saved.numel()
+            if parameter.grad is not None:
+                pushed = parameter.grad != 0
+                same += int((pushed & (parameter.data == saved.to(parameter.device))).sum())
+                total += int(pushed.sum())
         return same / total if total else 1.0
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def accumulate_gradients(scorer: Scorer, coefficients: Tensor) -> float:
             c = coefficients[rows, columns].to(stats.logprob)
             value = (stats.logprob * c).sum()
             value.backward()
-            total += float(value)
+            total += float(value.detach())
     return total
 
 
@@ -225,8 +226,9 @@ def one_step(
             _raise_to_float32(optimizer)
         grad_norm = float(nn.utils.clip_grad_norm_(trainable, max_grad_norm or float("inf")))
         optimizer.step()
+        report = StepReport(value, grad_norm, snapshot.unchanged_share())
         model.zero_grad(set_to_none=True)  # the gradients have done their work; scoring needs the memory
-        yield StepReport(value, grad_norm, snapshot.unchanged_share()), snapshot
+        yield report, snapshot
     finally:
         snapshot.restore()
 
