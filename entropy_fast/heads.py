@@ -339,9 +339,8 @@ def _output_spread(module: nn.Module, noise: Tensor) -> float:
 
 
 def _plain_logits(model: nn.Module) -> Tensor:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    device = embedding.weight.device if embedding is not None else next(model.parameters()).device
-    ids = torch.arange(1, 5, device=device)[None, :]
+    weight = input_embedding(model)
+    ids = torch.arange(4, device=weight.device)[None, :] % len(weight)
     output = model(input_ids=ids, **forward_kwargs(model))
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
@@ -350,6 +349,12 @@ def _plain_logits(model: nn.Module) -> Tensor:
             "(AutoModelForCausalLM) is needed"
         )
     return logits
+
+
+def input_embedding(model: nn.Module) -> Tensor:
+    """The (vocabulary, features) matrix that token ids are looked up in; its device is where the ids go."""
+    embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    return embedding.weight if embedding is not None else next(model.parameters())
 
 
 def forward_kwargs(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from entropy_fast.config import Config
 from entropy_fast.errors import InputError, NonFiniteLogitsError
 from entropy_fast.functional import TokenStats, linear_token_stats, token_stats
-from entropy_fast.heads import eos_token_ids, find_head, forward_kwargs, unwrap
+from entropy_fast.heads import eos_token_ids, find_head, forward_kwargs, input_embedding, unwrap
 from entropy_fast.layout import DenseRollouts, Layout, Microbatch, microbatches
 from entropy_fast.precision import Precision, model_precision
 from entropy_fast.rollouts import Counting, Rollouts, TokenMasks, token_masks
@@ -177,7 +177,7 @@ class Scorer:
         counting = scoring.counting or Counting(eos_token_ids(model))
         self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
         self.dense = DenseRollouts.pack(rollouts, self.masks)
-        self.device = input_device(model)
+        self.device = input_embedding(model).device
         self.layout = scoring.layout or Layout.by_tokens(
             self.dense.input_lengths, self._token_budget(), scoring.max_sequences
         )
@@ -268,12 +268,6 @@ class Scorer:
             torch.cuda.empty_cache()
         for half in batch.halves():
             yield from self._run(half)
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where the model takes its token ids."""
-    embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-    return embedding.weight.device if embedding is not None else next(model.parameters()).device
 
 
 @contextlib.contextmanager
