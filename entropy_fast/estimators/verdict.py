@@ -41,9 +41,7 @@ class Thresholds:
     cut_mass_caution: float = 0.01
     cut_mass_fail: float = 0.1
     bias_in_se: float = 0.5
-    empty_share: float = 0.05
     few_prompts: int = 10
-    impossible_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def judge(
         estimate: from `entropy_change`.
         diagnostics: from `diagnose`.
         noise_floor: rounding noise of ΔH in the estimate's own unit, nats; None when not measured.
-        in_sample: the update was fitted to these same sequences. Their weights then lean above 1, so E[w] = 1 is no
-            test of the sampling, and ΔH leans towards what the update favours in this sample.
+        in_sample: the update was fitted to these same sequences. Their weights then lean above 1, so that nothing
+            weighted tests the sampling, and ΔH leans towards what the update favours in this sample.
         thresholds: other bounds than the defaults.
 
     Returns:
@@ -120,7 +118,7 @@ def judge(
         *_about_the_estimate(estimate, limits, floor),
     ]
     if in_sample:
-        findings = [finding for finding in findings if finding.code != "mean_weight"]
+        findings = [finding for finding in findings if finding.code not in ("mean_weight", "updated_surprise")]
         findings += _about_fitting(diagnostics, limits)
     order = {"fail": 0, "caution": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.severity])
@@ -231,10 +229,8 @@ def _about_the_sample(d: Diagnostics, limits: Thresholds) -> list[Finding]:
                 "stopped there",
             )
         )
-    if d.empty_share > limits.empty_share:
-        found.append(
-            Finding("empty", "caution", f"{d.empty_share:.0%} of the sequences have no counted token; check the masks")
-        )
+    if d.empty_share:
+        found.append(Finding("empty", "note", f"{d.empty_share:.0%} of the sequences have no counted token"))
     return found
 
 
@@ -273,7 +269,7 @@ def _about_the_weights(d: Diagnostics, limits: Thresholds) -> list[Finding]:
         limits.share_fail,
         f"one sequence of {d.n_sequences} carries {d.max_weight_share:.0%} of the weight",
     )
-    if d.impossible_share > limits.impossible_share:
+    if d.impossible_share > 0:
         found.append(
             Finding(
                 "impossible",
