@@ -1,0 +1,6 @@
+"""The fused-linear kernels, under the names of `entropy_fast.reference.linear`."""
+
+from entropy_fast.kernels.linear_backward import linear_backward
+from entropy_fast.kernels.linear_forward import linear_stats
+
+__all__ = ["linear_backward", "linear_stats"]

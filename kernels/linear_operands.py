@@ -1,0 +1,158 @@
+"""How operands reach the fused-linear kernels: tile sizes by GPU, TMA or pointers, and the halves of float32 rows.
+
+A float32 row is multiplied by a power of two that brings its largest entry to [2^14, 2^15) and split into
+high + low, two fp16 numbers with 22 bits between them. Three fp16 products (high·high and the two mixed ones) then
+carry float32's precision at the tensor cores' fp16 rate; low·low is below float32's own rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SPLIT_BLOCK = 1024
+# Vocabulary rows of a float32 head whose halves exist at a time.
+SPLIT_ROWS = 32768
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile sizes and launch options; BN and BK are the same for every number of rows, so a row's bits are too."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+
+# Measured on one H100: bench/NOTES.md.
+HOPPER = Tiling(BM=128, BN=256, BK=64, GROUP=16, num_warps=8, num_stages=3, tma=True)
+HOPPER_FEW_ROWS = Tiling(BM=64, BN=256, BK=64, GROUP=16, num_warps=4, num_stages=5, tma=True)
+# 160 KiB of shared memory, no TMA
+AMPERE = Tiling(BM=128, BN=128, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=False)
+# 64 KiB of shared memory
+SMALL = Tiling(BM=128, BN=128, BK=32, GROUP=8, num_warps=8, num_stages=2, tma=False)
+INTERPRETED = Tiling(BM=16, BN=32, BK=16, GROUP=2, num_warps=4, num_stages=2, tma=True)
+
+
+def tiling_for(rows: int, device: torch.device) -> Tiling:
+    """The tile sizes for this device."""
+    if device.type == "cpu":
+        return INTERPRETED
+    if torch.version.hip or _shared_memory(device) < 160 * 1024:
+        return SMALL
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return AMPERE
+    return HOPPER_FEW_ROWS if rows <= HOPPER_FEW_ROWS.BM else HOPPER
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def program_count(device: torch.device) -> int:
+    """Programs that are resident at once: one per multiprocessor."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def slabs(vocab: int, tiling: Tiling, parts: bool) -> Iterator[slice]:
+    """The whole vocabulary at once, or, where its rows have to be split in halves first, some of it at a time."""
+    step = triton.cdiv(SPLIT_ROWS, tiling.BN) * tiling.BN if parts else vocab
+    for start in range(0, vocab, step):
+        yield slice(start, min(start + step, vocab))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix (rows, width) as the kernels read it.
+
+    Attributes:
+        data: the rows, or their fp16 halves [low | high].
+        width: entries of a row, or of a half.
+        scale: (rows,) float32, the power of two that undoes the split's; None without a split.
+    """
+
+    data: torch.Tensor
+    width: int
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> Operand:
+        """Float32 is split; narrower dtypes are taken as they are, copied only if their rows are not contiguous."""
+        if matrix.dtype == torch.float32:
+            halves, scale = split_halves(matrix)
+            return cls(halves, halves.shape[1] // 2, scale)
+        return cls(matrix if matrix.stride(1) == 1 else matrix.contiguous(), matrix.shape[1], None)
+
+    @property
+    def parts(self) -> bool:
+        """Whether `data` holds halves."""
+        return self.scale is not None
+
+    @property
+    def stride(self) -> int:
+        """Entries from one row to the next."""
+        return self.data.stride(0)
+
+    @property
+    def tma(self) -> bool:
+        """Whether the tensor memory accelerator can address the rows: 16-byte strides and start."""
+        return self.data.data_ptr() % 16 == 0 and self.stride * self.data.element_size() % 16 == 0
+
+    def source(self, rows: int, columns: int, tma: bool) -> Any:
+        """What the kernels' loads take: a descriptor of tiles (rows, columns), or the tensor itself."""
+        return TensorDescriptor.from_tensor(self.data, [rows, columns]) if tma else self.data
+
+
+@triton.jit
+def split_kernel(
+    x_ptr,
+    halves_ptr,
+    scale_ptr,
+    stride,
+    D,
+    K,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * stride + k, mask=k < D, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x))
+    exponent = (tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) - 127
+    # 2^shift and 2^−shift both have to be normal float32 numbers
+    shift = tl.minimum(tl.maximum(14 - exponent, -126), 126)
+    up = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+    down = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + row, down)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * stride + k, mask=k < D, other=0.0) * up
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+        tl.store(halves_ptr + row * 2 * K + k, low, mask=k < K)
+        tl.store(halves_ptr + row * 2 * K + K + k, high, mask=k < K)
+
+
+def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, 2 K) fp16 of [low | high], zeros from the width up to K, and (rows,) the scales that undo the split's."""
+    rows, width = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    padded = triton.cdiv(width, 64) * 64
+    halves = torch.empty(rows, 2 * padded, dtype=torch.float16, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    split_kernel[(rows,)](x, halves, scale, x.stride(0), width, padded, BLOCK=SPLIT_BLOCK)
+    return halves, scale

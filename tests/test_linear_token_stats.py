@@ -1,0 +1,341 @@
+"""`linear_token_stats` against float64 log-softmax, on every device that is here."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import entropy_fast as ef
+from entropy_fast.errors import InputError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TRANSFORMS = [{}, {"temperature": 0.7, "scale": 0.3, "softcap": 5.0}, {"temperature": 1.7, "scale": 2.0}]
+# Half a unit in the last place of the dtype, relative.
+ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25, torch.float64: 2.0**-54}
+
+
+def oracle(hidden, weight, targets, bias=None, *, temperature=1.0, scale=1.0, softcap=None):
+    """(logprob, entropy, lse) in float64."""
+    z = hidden.double() @ weight.double().T
+    z = scale * (z if bias is None else z + bias.double())
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)
+    return logp.gather(-1, targets[..., None].long())[..., 0], entropy, torch.logsumexp(z, -1)
+
+
+def problem(rows=37, width=72, vocab=501, dtype=torch.float32, device="cpu", seed=0, bias=False, spread=0.4):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=g).to(dtype).to(device)
+    weight = (torch.randn(vocab, width, generator=g) * spread).to(dtype).to(device)
+    targets = torch.randint(0, vocab, (rows,), generator=g).to(device)
+    return hidden, weight, targets, torch.randn(vocab, generator=g).to(dtype).to(device) if bias else None
+
+
+def logit_error(hidden, weight):
+    """A bound on the error of a float32 logit: Σ |x w| accumulated over the width, at float32's rounding."""
+    if hidden.dtype == torch.float64:
+        return 1e-13
+    largest = (hidden.double().abs() @ weight.double().abs().T).max().item()
+    return 2.0**-22 * largest
+
+
+def gradients(function, tensors, weights, **options):
+    """Gradients of Σ weights · (logprob, entropy, lse) to the tensors that need one."""
+    out = function(*tensors, **options)
+    loss = sum((w * o).sum() for w, o in zip(weights, out, strict=True) if w is not None)
+    return torch.autograd.grad(loss, [t for t in tensors if t is not None and t.requires_grad])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", TRANSFORMS)
+def test_matches_float64(device, dtype, bias, options):
+    hidden, weight, targets, b = problem(dtype=dtype, device=device, bias=bias)
+    out = ef.linear_token_stats(hidden, weight, targets, b, return_lse=True, **options)
+    bound = logit_error(hidden, weight) * options.get("scale", 1.0) / options.get("temperature", 1.0)
+    for got, expected in zip(out, oracle(hidden, weight, targets, b, **options), strict=True):
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (got - expected).abs().max() <= 2 * bound + 1e-6 * (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("options", TRANSFORMS)
+@pytest.mark.parametrize("which", ["logprob", "entropy", "lse", "all"])
+def test_gradients_match_float64(device, dtype, options, which):
+    hidden, weight, targets, b = problem(dtype=dtype, device=device, bias=True)
+    g = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(len(targets), generator=g).to(device) if which in (name, "all") else None
+        for name in ("logprob", "entropy", "lse")
+    ]
+    tensors = [hidden.requires_grad_(), weight.requires_grad_(), targets, b.requires_grad_()]
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    got = gradients(ef.linear_token_stats, tensors, weights, return_lse=True, **options)
+    for a, e in zip(got, gradients(oracle, exact, weights, **options), strict=True):
+        # an error of the logits is a relative error of p; dz and the result are rounded to the dtype; on a GPU a
+        # float32 dz goes through pairs of bf16
+        bound = 4 * ROUNDING[dtype] + logit_error(hidden, weight) + 3e-5 * (device == "cuda" and dtype == torch.float32)
+        assert (a.double() - e).norm() <= bound * e.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradcheck(device):
+    hidden, weight, targets, b = problem(4, 6, 9, torch.float64, device, bias=True)
+    mask = torch.tensor([True, True, False, True], device=device)
+
+    def f(*tensors):
+        return ef.linear_token_stats(
+            tensors[0], tensors[1], targets, tensors[2], mask=mask, softcap=3.0, temperature=0.8
+        )[:2]
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in (hidden, weight, b)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_what_needs_a_gradient_is_computed(device, monkeypatch):
+    asked = []
+    real = torch.ops.entropy_fast.linear_stats_backward
+
+    class Spy:
+        linear_stats = torch.ops.entropy_fast.linear_stats
+
+        @staticmethod
+        def linear_stats_backward(*args):
+            asked.append((list(args[-1]), [t is None for t in args[-4:-1]]))
+            return real(*args)
+
+    monkeypatch.setattr(torch.ops, "entropy_fast", Spy)
+    hidden, weight, targets, b = problem(device=device, bias=True)
+    out = ef.linear_token_stats(hidden.requires_grad_(), weight, targets, b)
+    out.logprob.sum().backward()
+    assert asked == [([True, False, False], [False, True, True])]
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_rows_are_never_read(device):
+    hidden, weight, targets, _ = problem(device=device)
+    mask = torch.arange(len(targets), device=device) % 3 != 1
+    poisoned, wrong = hidden.clone(), targets.clone()
+    poisoned[~mask] = math.nan
+    wrong[~mask] = -100
+    poisoned.requires_grad_()
+    weight.requires_grad_()
+    out = ef.linear_token_stats(poisoned, weight, wrong, mask=mask, return_lse=True)
+    expected = ef.linear_token_stats(hidden[mask], weight, targets[mask], return_lse=True)
+    for got, e in zip(out, expected, strict=True):
+        assert torch.equal(got[mask], e)
+        assert not got[~mask].any()
+    (out.logprob + out.entropy).sum().backward()
+    assert not poisoned.grad[~mask].any()
+    assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_active(device, rows):
+    hidden, weight, targets, b = problem(rows=rows, device=device, bias=True)
+    for t in (hidden, weight, b):
+        t.requires_grad_()
+    out = ef.linear_token_stats(hidden, weight, targets, b, mask=torch.zeros(rows, dtype=torch.bool, device=device))
+    assert not out.logprob.any()
+    out.logprob.sum().backward()
+    assert all(t.grad is not None and not t.grad.any() for t in (hidden, weight, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("band", [slice(0, 300), slice(100, 400), slice(250, 501), slice(500, 501)])
+def test_minus_infinity_removes_tokens(device, band):
+    hidden, weight, _, b = problem(device=device, bias=True)
+    keep = torch.ones(501, dtype=torch.bool, device=device)
+    keep[band] = False
+    b[band] = -math.inf
+    kept = keep.nonzero()[:, 0]
+    inside = torch.arange(len(hidden), device=device) % len(kept)
+    tensors = [hidden.requires_grad_(), weight.requires_grad_(), kept[inside], b.requires_grad_()]
+    out = ef.linear_token_stats(*tensors)
+    logprob, entropy, _ = oracle(hidden, weight[keep], inside, b[keep])
+    assert (out.logprob - logprob).abs().max() < 1e-5
+    assert (out.entropy - entropy).abs().max() < 1e-5
+    grads = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [hidden, weight, b])
+    assert all(torch.isfinite(t).all() for t in grads)
+    assert not grads[1][band].any()
+    removed = ef.linear_token_stats(hidden, weight, (~keep).nonzero()[:1, 0].expand(len(hidden)), b)
+    assert (removed.logprob == -math.inf).all()
+    assert torch.isfinite(removed.entropy).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_not_finite(device):
+    hidden, weight, targets, b = problem(device=device, bias=True)
+    hidden[3, 5] = math.nan
+    hidden[7, 5] = math.inf
+    out = ef.linear_token_stats(hidden, weight, targets, b)
+    bad = torch.zeros(len(hidden), dtype=torch.bool, device=device)
+    bad[[3, 7]] = True
+    assert torch.equal(out.logprob.isnan(), bad)
+    assert torch.equal(out.entropy.isnan(), bad)
+    nothing = ef.linear_token_stats(hidden, weight, targets, torch.full_like(b, -math.inf))
+    assert nothing.logprob.isnan().all()
+    assert nothing.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_confident_rows_keep_their_digits(device):
+    """p → 1: log p of −1e−7 and an entropy of 1e−6, and gradients that do not drown in the rounding of 1 − p."""
+    hidden, weight, targets, _ = problem(rows=16, width=64, vocab=400, device=device)
+    margins = torch.linspace(20.0, 30.0, 16, device=device)
+    norm = weight[targets].square().sum(1, keepdim=True)
+    hidden = (0.1 * hidden + weight[targets] * (margins[:, None] / norm)).requires_grad_()
+    out = ef.linear_token_stats(hidden, weight, targets)
+    exact = hidden.detach().double().requires_grad_()
+    logprob, entropy, _ = oracle(exact, weight, targets)
+    assert logprob.max() > -1e-4
+    # what float32 logits near 30 leave of exp(z − max), relative
+    assert ((out.logprob - logprob).abs() <= 1e-4 * logprob.abs() + 1e-7).all()
+    assert ((out.entropy - entropy).abs() <= 1e-4 * entropy + 1e-6).all()
+    (grad,) = torch.autograd.grad(out.logprob.sum(), [hidden])
+    (expected,) = torch.autograd.grad(logprob.sum(), [exact])
+    assert ((grad - expected).norm(dim=1) <= 1e-2 * expected.norm(dim=1) + 1e-6).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_huge_logits(device):
+    hidden, weight, targets, _ = problem(device=device)
+    hidden = hidden * 3000.0
+    out = ef.linear_token_stats(hidden, weight, targets)
+    logprob, entropy, _ = oracle(hidden, weight, targets)
+    bound = 4 * logit_error(hidden, weight)
+    assert (out.logprob - logprob).abs().max() <= bound
+    assert (out.entropy - entropy).abs().max() <= bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weight_tied_to_the_embedding(device):
+    """The head's gradient adds to the embedding's, as in a model with tied weights."""
+    torch.manual_seed(3)
+    tokens = torch.randint(0, 301, (4, 9), device=device)
+    embedding = torch.nn.Embedding(301, 40, device=device)
+    hidden = torch.tanh(embedding(tokens[:, :-1]))
+    ef.linear_token_stats(hidden, embedding.weight, tokens[:, 1:]).logprob.mean().backward()
+    exact = embedding.weight.detach().double().requires_grad_()
+    oracle(torch.tanh(exact[tokens[:, :-1]]), exact, tokens[:, 1:])[0].mean().backward()
+    assert (embedding.weight.grad - exact.grad).norm() <= 3e-5 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_shapes_strides_and_integer_types(device):
+    hidden, weight, targets, _ = problem(rows=24, device=device)
+    expected = ef.linear_token_stats(hidden, weight, targets)
+    got = ef.linear_token_stats(hidden.view(2, 3, 4, -1), weight, targets.view(2, 3, 4).int())
+    assert got.lse is None
+    assert torch.equal(got.logprob.view(-1), expected.logprob)
+    wide = torch.zeros(24, 100, device=device)
+    wide[:, 9:81] = hidden
+    strided = ef.linear_token_stats(wide[:, 9:81], weight.t().contiguous().t(), targets)
+    assert (strided.logprob - expected.logprob).abs().max() < 1e-5
+    one = ef.linear_token_stats(hidden[0], weight, targets[0])
+    assert one.logprob.shape == ()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic(device):
+    hidden, weight, targets, _ = problem(rows=700, dtype=torch.bfloat16, device=device)
+    runs = []
+    for _ in range(2):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = ef.linear_token_stats(h, w, targets)
+        runs.append((*out[:2], *torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [h, w])))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 300), st.booleans(), st.integers(0, 2**20))
+def test_any_shape(rows, width, vocab, bias, seed):
+    hidden, weight, targets, b = problem(rows, width, vocab, seed=seed, bias=bias)
+    out = ef.linear_token_stats(hidden, weight, targets, b)
+    logprob, entropy, _ = oracle(hidden, weight, targets, b)
+    assert (out.logprob - logprob).abs().max() < 1e-5
+    assert (out.entropy - entropy).abs().max() < 1e-5
+    assert (out.entropy <= math.log(vocab) + 1e-5).all()
+
+
+def test_operators_keep_their_contract():
+    hidden, weight, targets, b = problem(5, 8, 30, bias=True)
+    mask = torch.arange(5) != 2
+    inputs = (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        targets,
+        b.requires_grad_(),
+        mask,
+        0.9,
+        1.0,
+        4.0,
+        "exact",
+    )
+    opcheck(torch.ops.entropy_fast.linear_stats.default, inputs)
+    detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    stats = torch.ops.entropy_fast.linear_stats(*detached)
+    opcheck(
+        torch.ops.entropy_fast.linear_stats_backward.default,
+        (*detached, *stats, torch.randn(5), None, torch.randn(5), [True, False, True]),
+    )
+
+
+def test_compiles_whole_and_at_most_twice():
+    """Once, and once more when the compiler first sees the temperature change; not again with length or temperature."""
+    hidden, weight, targets, _ = problem()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def loss(h, w, y, temperature):
+        out = ef.linear_token_stats(h, w, y, temperature=temperature)
+        return (out.logprob + out.entropy).sum()
+
+    for rows, temperature in ((37, 0.7), (20, 0.8), (30, 0.9), (11, 1.3)):
+        h = hidden[:rows].clone().requires_grad_()
+        loss(h, weight, targets[:rows].clone(), temperature).backward()
+        e = hidden[:rows].clone().requires_grad_()
+        out = ef.linear_token_stats(e, weight, targets[:rows], temperature=temperature)
+        (out.logprob + out.entropy).sum().backward()
+        assert torch.equal(h.grad, e.grad)
+    assert counter.frame_count <= 2
+
+
+def test_second_derivative_is_refused():
+    hidden, weight, targets, _ = problem()
+    out = ef.linear_token_stats(hidden.requires_grad_(), weight, targets)
+    (grad,) = torch.autograd.grad(out.logprob.sum(), [hidden], create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="second derivative|does not require grad"):
+        torch.autograd.grad(grad.sum(), [hidden])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden must be bf16"),
+        ({"weight": torch.zeros(10, 5)}, r"weight must have shape \(vocab, 4\)"),
+        ({"weight": torch.zeros(10, 4, dtype=torch.bfloat16)}, "hidden's dtype"),
+        ({"targets": torch.zeros(3)}, "targets must be int32 or int64"),
+        ({"targets": torch.tensor([0, 10, 2])}, r"targets must be in \[0, 10\), got 10 in row 1"),
+        ({"bias": torch.zeros(4)}, "bias must be floating point"),
+        ({"mask": torch.ones(3)}, "mask must be bool"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"scale": math.inf}, "scale must be"),
+        ({"softcap": -1.0}, "softcap must be above 0"),
+        ({"precision": "double"}, "precision must be one of"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": torch.tensor([0, 1, 2])} | change
+    with pytest.raises(InputError, match=message):
+        ef.linear_token_stats(**arguments)
