@@ -1,0 +1,244 @@
+"""Which rows to read: lists of active rows, so that no program idles, and the EOS and length of every sequence.
+
+The lists are built without a word to the host. Their order depends on timing, the results do not: every row is
+computed by itself, and a sequence is summed in column order by whoever finishes its last row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from entropy_fast.reference.rows import RowStats
+
+BLOCK = 1024
+
+
+class ActiveRows(NamedTuple):
+    """Rows to compute, on the device: the first `count` entries of `rows`, flat positions of the targets."""
+
+    rows: torch.Tensor
+    count: torch.Tensor
+
+
+class Sequences(NamedTuple):
+    """What is known of N sequences before their rows are read, and room for their sums.
+
+    Attributes:
+        pending: (N,) int32, active rows of each sequence.
+        arrivals: (N,) int32, zeros; rows that are done.
+        lengths: (N,) int32, counted tokens.
+        eos_column: (N,) int64, the first generated EOS or −1.
+        runs_past_eos: (N,) bool.
+        sums: (3, N) float64: log-prob and entropy of the counted tokens, log-prob of all emitted ones.
+    """
+
+    pending: torch.Tensor
+    arrivals: torch.Tensor
+    lengths: torch.Tensor
+    eos_column: torch.Tensor
+    runs_past_eos: torch.Tensor
+    sums: torch.Tensor
+
+
+@triton.jit
+def split_positions(
+    is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+):
+    """Append the active positions of a block to the list and write zeros where nothing will be computed."""
+    flags = is_active.to(tl.int32)
+    first = tl.atomic_add(count_ptr, tl.sum(flags, 0), sem="relaxed")
+    tl.store(rows_ptr + first + tl.cumsum(flags, 0) - flags, position.to(tl.int32), mask=is_active)
+    idle = inside & (is_active == 0)
+    tl.store(logprob_ptr + position, 0.0, mask=idle)
+    tl.store(entropy_ptr + position, 0.0, mask=idle)
+    tl.store(peak_ptr + position, 0.0, mask=idle)
+    tl.store(log_sum_ptr + position, 0.0, mask=idle)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def list_active_kernel(
+    mask_ptr,
+    rows_ptr,
+    count_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    positions,
+    BLOCK: tl.constexpr,
+):
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < positions
+    is_active = tl.load(mask_ptr + position, mask=inside, other=0) != 0
+    split_positions(
+        is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+    )
+
+
+@triton.jit(do_not_specialize=["columns", "eos_count"])
+def plan_sequences_kernel(
+    tokens_ptr,
+    attention_ptr,
+    prompt_lens_ptr,
+    eos_ptr,
+    rows_ptr,
+    count_ptr,
+    pending_ptr,
+    lengths_ptr,
+    eos_column_ptr,
+    runs_past_ptr,
+    sums_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    columns,
+    eos_count,
+    INCLUDE_EOS: tl.constexpr,
+    STOP_AT_EOS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    base = sequence.to(tl.int64) * columns
+    # the token in column 0 has no logits before it
+    start = tl.maximum(tl.load(prompt_lens_ptr + sequence), 1)
+    eos_column = columns
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        generated = inside & (column >= start)
+        generated &= tl.load(attention_ptr + base + column, mask=inside, other=0) != 0
+        token = tl.load(tokens_ptr + base + column, mask=generated, other=-1)
+        is_eos = tl.zeros([BLOCK], tl.int1)
+        for i in range(eos_count):
+            is_eos |= token == tl.load(eos_ptr + i)
+        eos_column = tl.minimum(eos_column, tl.min(tl.where(is_eos & generated, column, columns), 0))
+    emitted = 0
+    counted = 0
+    runs_past = 0
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        generated = inside & (column >= start)
+        generated &= tl.load(attention_ptr + base + column, mask=inside, other=0) != 0
+        runs_past += tl.sum((generated & (column > eos_column)).to(tl.int32), 0)
+        if STOP_AT_EOS:
+            generated &= column <= eos_column
+        emitted += tl.sum(generated.to(tl.int32), 0)
+        if INCLUDE_EOS:
+            counted += tl.sum(generated.to(tl.int32), 0)
+        else:
+            counted += tl.sum((generated & (column != eos_column)).to(tl.int32), 0)
+        split_positions(
+            generated,
+            inside,
+            base + column,
+            rows_ptr,
+            count_ptr,
+            logprob_ptr,
+            entropy_ptr,
+            peak_ptr,
+            log_sum_ptr,
+        )
+    tl.store(pending_ptr + sequence, emitted)
+    tl.store(lengths_ptr + sequence, counted)
+    tl.store(eos_column_ptr + sequence, tl.where(eos_column < columns, eos_column, -1).to(tl.int64))
+    tl.store(runs_past_ptr + sequence, (runs_past > 0).to(tl.int8))
+    if emitted == 0:
+        for i in tl.static_range(3):
+            tl.store(sums_ptr + i * tl.num_programs(0) + sequence, 0.0)
+
+
+@triton.jit
+def finish_sequence(
+    sequence, sequences, columns, eos_column_ptr, sums_ptr, logprob_ptr, entropy_ptr, INCLUDE_EOS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum a sequence whose rows are all done, in column order and in float64."""
+    skipped = -1
+    if not INCLUDE_EOS:
+        skipped = tl.load(eos_column_ptr + sequence).to(tl.int32)
+    base = sequence * columns
+    logprobs = tl.zeros([BLOCK], tl.float64)
+    entropies = tl.zeros([BLOCK], tl.float64)
+    emitted = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < columns
+        # other multiprocessors wrote these: read them past this one's own cache
+        logprob = tl.load(logprob_ptr + base + column, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+        entropy = tl.load(entropy_ptr + base + column, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+        emitted += logprob
+        logprobs += tl.where(column == skipped, 0.0, logprob)
+        entropies += tl.where(column == skipped, 0.0, entropy)
+    tl.store(sums_ptr + sequence, tl.sum(logprobs, 0))
+    tl.store(sums_ptr + sequences + sequence, tl.sum(entropies, 0))
+    tl.store(sums_ptr + 2 * sequences + sequence, tl.sum(emitted, 0))
+
+
+def list_active(mask: torch.Tensor, out: RowStats) -> ActiveRows:
+    """The list of True positions of a contiguous bool mask; zeros go to `out` at the others."""
+    active = ActiveRows(
+        torch.empty(mask.numel(), dtype=torch.int32, device=mask.device),
+        torch.zeros(1, dtype=torch.int32, device=mask.device),
+    )
+    grid = (triton.cdiv(mask.numel(), BLOCK),)
+    list_active_kernel[grid](mask, *active, *out, mask.numel(), BLOCK=BLOCK)
+    return active
+
+
+def plan_sequences(
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    eos_token_ids: torch.Tensor,
+    include_eos: bool,
+    stop_at_eos: bool,
+    out: RowStats,
+) -> tuple[ActiveRows, Sequences]:
+    """Lengths, EOS and active rows of N sequences, in one launch; `reference.masks.token_masks` is the contract.
+
+    Args:
+        tokens: (N, T), integer, contiguous.
+        attention_mask: (N, T), bool or integer, contiguous.
+        prompt_lens: (N,), integer.
+        eos_token_ids: (any,), int64, on the same device.
+        include_eos: whether the EOS counts.
+        stop_at_eos: whether what follows the EOS is dropped.
+        out: (N, T) each; zeros are written where no token was emitted.
+    """
+    n, columns = tokens.shape
+    device = tokens.device
+    counters = torch.zeros(n + 1, dtype=torch.int32, device=device)
+    active = ActiveRows(torch.empty(n * columns, dtype=torch.int32, device=device), counters[:1])
+    sequences = Sequences(
+        pending=torch.empty(n, dtype=torch.int32, device=device),
+        arrivals=counters[1:],
+        lengths=torch.empty(n, dtype=torch.int32, device=device),
+        eos_column=torch.empty(n, dtype=torch.int64, device=device),
+        runs_past_eos=torch.empty(n, dtype=torch.bool, device=device),
+        sums=torch.empty(3, n, dtype=torch.float64, device=device),
+    )
+    plan_sequences_kernel[(n,)](
+        tokens,
+        attention_mask,
+        prompt_lens,
+        eos_token_ids,
+        *active,
+        sequences.pending,
+        sequences.lengths,
+        sequences.eos_column,
+        sequences.runs_past_eos,
+        sequences.sums,
+        *out,
+        columns,
+        eos_token_ids.numel(),
+        INCLUDE_EOS=include_eos,
+        STOP_AT_EOS=stop_at_eos,
+        BLOCK=min(BLOCK, triton.next_power_of_2(columns)),
+    )
+    return active, sequences

@@ -1,0 +1,309 @@
+"""Forward: log-prob and entropy of rows of logits, each element read once.
+
+For logits z = k · w (w: the row after bias and softcap; k: what is left of scale and temperature), peak M = max w and
+d = w − M, in one pass with running rescaling (the online softmax):
+
+    s = Σ e^(k d),  e = Σ e^(k d) d        logprob = k d_y − log s        entropy = log s − k e / s
+
+Bytes: the active rows once, and 16 bytes out per row.
+
+Each of LANES lanes keeps its own running sums over UNROLL × WIDTH elements a step, so the loop has no exchange between
+threads, one exp2 an element and 16-byte loads; lanes merge once per segment. A row is cut into segments by its
+vocabulary alone, and segments merge in order: in the one program that holds the row or, when rows are too few to fill
+the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
+bits depend neither on the number of rows nor on its place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
+from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, finish_sequence, list_active, plan_sequences
+from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, vector_width
+from entropy_fast.reference.rows import RowStats, arithmetic_dtype
+from entropy_fast.reference.transform import Transform
+
+# The peak of an empty set: no finite float32 lies below it.
+FLOOR = tl.constexpr(-3.4028234663852886e38)
+SUM_BLOCK = tl.constexpr(BLOCK)
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: tl.constexpr):
+    """w of the columns `start + cols`; `inside` masks the bias's load (None: all are inside)."""
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + start + cols, mask=inside, other=None if inside is None else 0.0).to(x.dtype)
+    if SOFTCAP:
+        x = tanh(x * squeeze)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
+def row_stats_kernel(
+    logits_ptr,
+    bias_ptr,
+    targets_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    active_ptr,
+    active_count_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    pending_ptr,
+    sequence_arrivals_ptr,
+    eos_column_ptr,
+    sums_ptr,
+    rows,
+    inner,
+    vocab,
+    stride_outer,
+    stride_inner,
+    split_below,
+    sequences,
+    factor: "fp64",
+    squeeze: "fp64",
+    ACC: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    INCLUDE_EOS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    k = tl.full([], factor, ACC)
+    squeeze = tl.full([], squeeze, ACC)
+    alpha = tl.full([], factor * LOG2E, ACC)
+    # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
+    stride_outer = stride_outer // WIDTH * WIDTH
+    stride_inner = stride_inner // WIDTH * WIDTH
+    if EVEN:
+        vocab = vocab // WIDTH * WIDTH
+    block_cols = (
+        tl.arange(0, UNROLL)[:, None, None] * (LANES * WIDTH)
+        + tl.arange(0, LANES)[None, :, None] * WIDTH
+        + tl.arange(0, WIDTH)[None, None, :]
+    )
+    whole_blocks = vocab // BLOCK
+    per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
+    if active_ptr is not None:
+        rows = tl.load(active_count_ptr)
+    parts = tl.where(rows < split_below, SEGMENTS, 1)
+    for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
+        index = unit // parts
+        part = unit % parts
+        if active_ptr is not None:
+            row = tl.load(active_ptr + index).to(tl.int64)
+        else:
+            row = index.to(tl.int64)
+        # the token in a column is scored by the logits of the column before it
+        column = row % inner - 1 if SEQUENCES else row % inner
+        row_ptr = logits_ptr + (row // inner) * stride_outer + column * stride_inner
+        target = tl.load(targets_ptr + row)
+        known = (target >= 0) & (target < vocab)
+        w_target = tl.load(row_ptr + target, mask=known, other=0.0).to(ACC)
+        w_target = after_bias_and_softcap(w_target, bias_ptr, 0, target, known, squeeze, SOFTCAP)
+
+        m_row = tl.full([], FLOOR, ACC)
+        s_row = tl.full([], 0.0, ACC)
+        r_row = tl.full([], 0.0, ACC)
+        e_row = tl.full([], 0.0, ACC)
+        for segment in range(part, tl.where(parts == 1, SEGMENTS, part + 1)):
+            m = tl.full([LANES], FLOOR, ACC)
+            s = tl.zeros([LANES], ACC)
+            r = tl.zeros([LANES], ACC)
+            e = tl.zeros([LANES], ACC)
+            first = segment * per_segment
+            for block in tl.range(first, min(first + per_segment, whole_blocks), num_stages=STAGES):
+                start = block * BLOCK
+                w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
+                w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
+                m, s, r, e = absorb(w, m, s, r, e, alpha)
+            if (whole_blocks // per_segment == segment) & (whole_blocks * BLOCK < vocab):
+                start = whole_blocks * BLOCK
+                inside = block_cols < vocab - start
+                w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+                w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
+                m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
+            m, s, r, e = merge_lanes(m, s, r, e, alpha)
+            m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+
+        complete = parts == 1
+        if parts > 1:
+            partial_ptr = partials_ptr + index * (4 * SEGMENTS)
+            tl.store(partial_ptr + part, m_row)
+            tl.store(partial_ptr + SEGMENTS + part, s_row)
+            tl.store(partial_ptr + 2 * SEGMENTS + part, r_row)
+            tl.store(partial_ptr + 3 * SEGMENTS + part, e_row)
+            tl.debug_barrier()
+            complete = tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") == parts - 1
+            if complete:
+                m_row = tl.full([], FLOOR, ACC)
+                s_row = tl.full([], 0.0, ACC)
+                r_row = tl.full([], 0.0, ACC)
+                e_row = tl.full([], 0.0, ACC)
+                for segment in range(0, SEGMENTS):
+                    # other multiprocessors wrote these: read them past this one's own cache
+                    m = tl.load(partial_ptr + segment, cache_modifier=".cg")
+                    s = tl.load(partial_ptr + SEGMENTS + segment, cache_modifier=".cg")
+                    r = tl.load(partial_ptr + 2 * SEGMENTS + segment, cache_modifier=".cg")
+                    e = tl.load(partial_ptr + 3 * SEGMENTS + segment, cache_modifier=".cg")
+                    m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+        if complete:
+            # no finite logit: s is 0; NaN or +inf among them: s is NaN; a target that is no token: NaN as well
+            s_row = tl.where((s_row > 0) & known, s_row, float("nan"))
+            log_sum = log_of_sum(s_row, r_row)
+            tl.store(logprob_ptr + row, k * (w_target - m_row) - log_sum)
+            tl.store(entropy_ptr + row, log_sum - k * e_row / s_row)
+            tl.store(peak_ptr + row, m_row)
+            tl.store(log_sum_ptr + row, log_sum)
+            if SEQUENCES:
+                sequence = row // inner
+                tl.debug_barrier()
+                done = tl.atomic_add(sequence_arrivals_ptr + sequence, 1, sem="acq_rel") + 1
+                if done == tl.load(pending_ptr + sequence):
+                    finish_sequence(
+                        sequence,
+                        sequences,
+                        inner,
+                        eos_column_ptr,
+                        sums_ptr,
+                        logprob_ptr,
+                        entropy_ptr,
+                        INCLUDE_EOS,
+                        SUM_BLOCK,
+                    )
+
+
+def row_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform: Transform,
+    settings: Settings | None = None,
+) -> RowStats:
+    """Log-prob of the target and entropy of every row; the contract of `reference.rows.row_stats`.
+
+    Args:
+        logits: (outer, inner, vocab), the last dimension contiguous, any other strides.
+        targets: (outer, inner), int32 or int64, contiguous.
+        mask: (outer, inner), bool, contiguous, or None.
+        bias: (vocab,), contiguous, or None.
+        transform: what turns `logits + bias` into the logits of the softmax.
+        settings: launch settings; from the table by default.
+    """
+    out = _empty_stats(logits, targets)
+    if targets.numel() > 0:
+        active = None if mask is None else list_active(mask, out)
+        _launch(logits, targets, bias, transform, out, settings, active)
+    return out
+
+
+def sequence_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    eos_token_ids: torch.Tensor,
+    include_eos: bool,
+    stop_at_eos: bool,
+    bias: torch.Tensor | None,
+    transform: Transform,
+    settings: Settings | None = None,
+) -> tuple[RowStats, Sequences]:
+    """Statistics of the token in every column, and their sums over each sequence.
+
+    Args:
+        logits: (N, T, vocab), the last dimension contiguous; the token in column j is scored by column j − 1.
+        tokens: (N, T), and so on: see `plan.plan_sequences`.
+        attention_mask: see there.
+        prompt_lens: see there.
+        eos_token_ids: see there.
+        include_eos: see there.
+        stop_at_eos: see there.
+        bias: (vocab,), contiguous, or None.
+        transform: what turns `logits + bias` into the logits of the softmax.
+        settings: launch settings; from the table by default.
+    """
+    out = _empty_stats(logits, tokens)
+    active, sequences = plan_sequences(
+        tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out
+    )
+    _launch(logits, tokens, bias, transform, out, settings, active, sequences, include_eos)
+    return out, sequences
+
+
+def _empty_stats(logits: torch.Tensor, targets: torch.Tensor) -> RowStats:
+    dtype = arithmetic_dtype(logits.dtype)
+    return RowStats(*(torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(4)))
+
+
+def _launch(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: Transform,
+    out: RowStats,
+    settings: Settings | None,
+    active: ActiveRows | None,
+    sequences: Sequences | None = None,
+    include_eos: bool = True,
+) -> None:
+    _, inner, vocab = logits.shape
+    rows = targets.numel()
+    dtype, device = out.logprob.dtype, logits.device
+    width = vector_width(logits)
+    settings = settings or forward_settings(vocab, logits.element_size(), width)
+    resident = multiprocessors(device) * settings.per_multiprocessor
+    segments = settings.segments
+    split_below = resident if segments > 1 else 0
+    partials = arrivals = None
+    if split_below and (active is not None or rows < split_below):
+        most = min(rows, split_below)
+        partials = torch.empty(most, 4, segments, dtype=dtype, device=device)
+        arrivals = torch.zeros(most, dtype=torch.int32, device=device)
+    # without a list the hardware hands out rows; with one, resident programs walk a list of unknown length
+    programs = rows * (segments if rows < split_below else 1)
+    if active is not None:
+        programs = min(rows * segments, resident)
+    row_stats_kernel[(programs,)](
+        logits,
+        bias,
+        targets,
+        *out,
+        *(active or (None, None)),
+        partials,
+        arrivals,
+        *((None,) * 4 if sequences is None else (sequences.pending, sequences.arrivals, sequences.eos_column, sequences.sums)),
+        rows,
+        inner,
+        vocab,
+        logits.stride(0),
+        logits.stride(1),
+        split_below,
+        0 if sequences is None else logits.shape[0],
+        transform.factor,
+        transform.squeeze or 0.0,
+        ACC=TRITON_DTYPE[dtype],
+        SOFTCAP=transform.softcap is not None,
+        EVEN=vocab % width == 0,
+        SEQUENCES=sequences is not None,
+        INCLUDE_EOS=include_eos,
+        SEGMENTS=segments,
+        UNROLL=settings.unroll * (16 // logits.element_size()) // width,
+        LANES=settings.lanes,
+        WIDTH=width,
+        STAGES=settings.stages,
+        num_warps=settings.warps,
+        **({} if settings.registers is None else {"maxnreg": settings.registers}),
+    )

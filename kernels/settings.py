@@ -1,0 +1,59 @@
+"""Launch settings by GPU, width of the logits and size of the vocabulary; measured once, never tuned at run time."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Settings(NamedTuple):
+    """Block shape and launch parameters of the forward over rows of logits.
+
+    Attributes:
+        unroll: steps of `lanes` × width elements in a block.
+        lanes: independent running sums of a program.
+        warps: warps of a program.
+        stages: depth of the software pipeline of loads.
+        segments: pieces that a row is cut into; part of the result's bits, so never a function of the number of rows.
+        per_multiprocessor: programs resident on a multiprocessor.
+        registers: most registers of a thread, where the compiler's own choice costs residency.
+    """
+
+    unroll: int
+    lanes: int
+    warps: int
+    stages: int
+    segments: int
+    per_multiprocessor: int
+    registers: int | None = None
+
+
+class BackwardSettings(NamedTuple):
+    """Block shape of the backward: programs of `steps` blocks of `block` elements of one row, `warps` warps each."""
+
+    block: int
+    steps: int
+    warps: int
+
+
+def vector_width(logits: torch.Tensor) -> int:
+    """Elements of a 16-byte load where every row of `logits` starts on 16 bytes, else 1."""
+    width = 16 // logits.element_size()
+    aligned = logits.data_ptr() % 16 == 0 and all(stride % width == 0 for stride in logits.stride()[:-1])
+    return width if aligned else 1
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of full size the device runs at once; 1 off the GPU, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def forward_settings(vocab: int, itemsize: int, width: int) -> Settings:
+    return Settings(2, 256, 8, 3, 1 if vocab < 16384 else 4, 4)
+
+
+def backward_settings(vocab: int, itemsize: int, width: int) -> BackwardSettings:
+    return BackwardSettings(4096, 2, 8)
