@@ -141,7 +141,7 @@ def diagnose(
     w = (log_weight - largest).exp()
     w_sum, w_squares = total.sum(w), total.sum(w.square())
     # 1 on the scale of w; clamped where exp would overflow, with every true weight below 1e-300 anyway
-    one = (-largest).clamp(max=700.0).exp()
+    one = float((-largest).clamp(max=700.0).exp())
     generated = total.sum(paired.generated_length)
     kl = total.mean(torch.expm1(log_weight) - log_weight)
     w_hat = w * (n / w_sum)
@@ -164,7 +164,7 @@ def diagnose(
         ess=w_sum**2 / w_squares,
         max_weight_share=1.0 / w_sum,
         mean_weight=w_sum / n * float(largest.exp()),
-        mean_weight_z=total.mean_and_z(w - one)[1],
+        mean_weight_z=total.mean_and_z(w, one)[1],
         impossible_share=total.mean((log_weight == -torch.inf).to(w)),
         kl=kl,
         kl_per_token=kl * n / generated if generated else math.nan,
@@ -201,16 +201,16 @@ class _Totals:
     def mean(self, x: Tensor) -> float:
         return self.sum(x) / self.n
 
-    def mean_and_z(self, x: Tensor) -> tuple[float, float]:
-        """The mean of x, whose expectation is 0, over its standard error.
+    def mean_and_z(self, x: Tensor, expected: float = 0.0) -> tuple[float, float]:
+        """The mean of x, and its distance from the expectation in standard errors.
 
-        The expectation is 0 for each prompt, not on average only, so sequences count as independent here.
+        The expectation holds for each prompt, not on average only, so sequences count as independent here.
         """
         mean = self.mean(x)
-        if mean == 0.0 or self.n < 2:
+        if mean == expected or self.n < 2:
             return mean, 0.0
         se = math.sqrt(self.sum((x - mean).square()) / (self.n * (self.n - 1)))
-        return mean, mean / se if se > 0 else math.copysign(math.inf, mean)
+        return mean, (mean - expected) / se if se > 0 else math.copysign(math.inf, mean - expected)
 
 
 def _count_prompts(index: Tensor, collective: Collective) -> int:

@@ -59,11 +59,13 @@ def estimate_prefix(
     a0, l0 = term0.sum(dim=1), indicator.sum(dim=1)
     psi1 = (w_hat * (term1 - mu)).sum(dim=1)
     if per_token:
-        d1, d0 = nu.sum(), length.sum() / n
-        h1, h0 = mu.sum() / d1, original.sum() / length.sum()
+        # n/Σv is exactly 1 for equal policies, and so are the two lengths
+        updated_length, original_length = (counted * (n / v_sum)).sum(), length.sum()
+        d1, d0 = updated_length / n, original_length / n
+        h1, h0 = mu.sum() / d1, original.sum() / original_length
         psi1 = (psi1 - h1 * (v_hat * (indicator - nu)).sum(dim=1)) / d1
         psi0 = (a0 - h0 * l0) / d0
-        contributions = (w_hat * term1).sum(dim=1) / (n * d1) - a0 / length.sum()
+        contributions = (w_hat * term1).sum(dim=1) / updated_length - a0 / original_length
     else:
         h1, h0 = mu.sum(), original.sum() / n
         psi0 = a0 - h0

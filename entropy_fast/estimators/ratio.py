@@ -46,8 +46,8 @@ def ratio_terms(
     w, one = weights.relative, torch.ones_like(a0)
     if per_token:
         return torch.stack((w * a1, w * paired.length, a0, paired.length), dim=1)
-    if plain:  # the scale that kept exp from overflowing comes back
-        return torch.stack((w * weights.log_scale.exp() * a1, one, a0, one), dim=1)
+    if plain:  # unshifted; a weight beyond 1e308 is inf, and so is the estimate
+        return torch.stack((paired.log_weight.exp() * a1, one, a0, one), dim=1)
     return torch.stack((w * a1, w, a0, one), dim=1)
 
 

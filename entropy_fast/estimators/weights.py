@@ -18,12 +18,10 @@ Method = Literal["snis", "is", "clip", "psis"]
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights up to a known factor: the true ones are `relative` · exp(`log_scale`)."""
+    """Weights up to a common factor, which self-normalised estimates do not need."""
 
     relative: Tensor
     """[n] float64, at most 1: nothing overflows, whatever the log weights are."""
-    log_scale: Tensor
-    """0-d float64."""
     khat: float | None = None
     """k̂ of the fit that smoothed them (method "psis")."""
     cut_mass: float | None = None
@@ -33,7 +31,7 @@ class Weights:
 def importance_weights(log_weight: Tensor, method: Method, clip: float | None, collective: Collective) -> Weights:
     """The weights of one method from ℓ [n].
 
-    Scaling by the largest weight of *all* ranks comes before any exp; plain importance sampling puts it back.
+    Scaling by the largest weight of *all* ranks comes before any exp.
     """
     if (clip is not None) != (method == "clip"):
         raise InputError(
@@ -45,7 +43,7 @@ def importance_weights(log_weight: Tensor, method: Method, clip: float | None, c
     if method == "psis":
         smoothed, khat = psislw(log_weight, collective=collective)
         top = collective.max(smoothed.max())
-        return Weights((smoothed - top).exp(), top, khat=float(khat))
+        return Weights((smoothed - top).exp(), khat=float(khat))
     if method == "clip":
         assert clip is not None
         if not clip > 0:
@@ -54,7 +52,7 @@ def importance_weights(log_weight: Tensor, method: Method, clip: float | None, c
         top = largest.clamp(max=math.log(clip))
         excess = torch.where(log_weight > math.log(clip), log_weight.exp() - clip, 0.0)
         totals = collective.sum(torch.stack((excess.sum(), excess.new_tensor(float(excess.numel())))))
-        return Weights((bounded - top).exp(), top, cut_mass=float(totals[0] / totals[1]))
+        return Weights((bounded - top).exp(), cut_mass=float(totals[0] / totals[1]))
     if method not in ("snis", "is"):
         raise InputError(f'method must be "snis", "is", "clip" or "psis", got {method!r}')
-    return Weights((log_weight - largest).exp(), largest)
+    return Weights((log_weight - largest).exp())
