@@ -99,6 +99,8 @@ def first_order(
             raise InputError(f"{name} must be finite; sequence {int((~torch.isfinite(x)).nonzero()[0])} is not")
     if unit not in ("sequence", "per_token"):
         raise InputError(f'unit must be "sequence" or "per_token", got {unit!r}')
+    if baseline not in ("leave_one_out", "mean", "none"):
+        raise InputError(f'baseline must be "leave_one_out", "mean" or "none", got {baseline!r}')
     if length_normalize not in (None, "exact", "proposal"):
         raise InputError(f'length_normalize must be None, "exact" or "proposal", got {length_normalize!r}')
     if length_normalize is not None and unit == "per_token":
@@ -110,8 +112,11 @@ def first_order(
     extra = torch.zeros_like(u) if direct is None else direct.detach().to(torch.float64)
     prompts = Prompts(prompt_index, collective)
 
-    def centred(x: Tensor) -> Tensor:
-        return x - _baseline(x, prompts, baseline)
+    def product(score: Tensor, x: Tensor) -> Tensor:
+        """score·(x − b), less what the mean does not see but the influence does: the "mean" baseline is estimated."""
+        if baseline == "mean":
+            return (score - prompts.mean(score)) * (x - prompts.mean(x))
+        return score * (x - prompts.leave_one_out(x)) if baseline == "leave_one_out" else score * x
 
     if unit == "per_token":
         mean_length = prompts.mean(length)
@@ -119,21 +124,21 @@ def first_order(
             raise InputError("no counted token in any sequence: nothing to average; check the masks")
         h = prompts.mean(a) / mean_length
         rest = a - h * length
-        terms = u * centred(rest) + extra
+        terms = product(u, rest) + extra
         estimate = prompts.mean(terms) / mean_length
         # h is estimated too: its influence is rest/L̄, and the estimate moves with it by −E[u (L − b)]/L̄
-        slope = prompts.mean(u * centred(length)) / mean_length
+        slope = prompts.mean(product(u, length)) / mean_length
         influence = (terms - estimate * length) / mean_length - slope * rest / mean_length
     else:
         divisor = length.clamp(min=1)
         if length_normalize == "exact" and direct is None:
-            terms = u * centred((a - 1) / divisor)
+            terms = product(u, (a - 1) / divisor)
         elif length_normalize == "exact":
-            terms = u * centred(a / divisor) + extra / divisor
+            terms = product(u, a / divisor) + extra / divisor
         elif length_normalize == "proposal":
-            terms = u / divisor * centred(a / divisor)
+            terms = product(u / divisor, a / divisor)
         else:
-            terms = u * centred(a) + extra
+            terms = product(u, a) + extra
         estimate = prompts.mean(terms)
         influence = terms - estimate
 
@@ -151,13 +156,3 @@ def first_order(
         n_prompts=prompts.n_prompts,
         influence=influence,
     )
-
-
-def _baseline(x: Tensor, prompts: Prompts, kind: Baseline) -> Tensor:
-    if kind == "leave_one_out":
-        return prompts.leave_one_out(x)
-    if kind == "mean":
-        return prompts.mean(x)
-    if kind != "none":
-        raise InputError(f'baseline must be "leave_one_out", "mean" or "none", got {kind!r}')
-    return torch.zeros_like(x)
