@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from entropy_fast.change import Change, measure_change, measure_noise_floor
 from entropy_fast.config import Config
+from entropy_fast.parts import Attribution, attribute, update_parts
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.scoring import Scores, Scoring, score
-from entropy_fast.update import StepReport, one_step
+from entropy_fast.sweep import Sweep, sweep
+from entropy_fast.update import Snapshot, StepReport, one_step
 
 
 class ImportanceSampler:
@@ -127,6 +130,54 @@ class ImportanceSampler:
         """The change between two sets of scores of the same rollouts, however the two policies came about."""
         return measure_change(rollouts, original, updated, self.config)
 
+    def sweep(
+        self,
+        batch_data: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer | None = None,
+        etas: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
+        U_batch: Mapping[str, Any] | None = None,
+    ) -> Sweep:
+        """ΔH at θ + η v, with v the step that `optimizer` would take, for a list of η.
+
+        Args:
+            batch_data: rollouts that the entropy is evaluated on.
+            optimizer: see `compute_entropy_change`.
+            etas: in units of that step.
+            U_batch: rollouts that the step is taken on; None takes `batch_data`.
+        """
+        rollouts = Rollouts.from_batch(batch_data)
+        stepped = rollouts if U_batch is None else Rollouts.from_batch(U_batch)
+        with self._one_step(self.model, self._optimizer(self.model, optimizer), stepped, self.config) as (_, snapshot):
+            direction = snapshot.difference()
+        return sweep(
+            self.model,
+            rollouts,
+            direction,
+            etas,
+            self.config,
+            tokenizer=self.tokenizer,
+            in_sample=stepped is rollouts,
+        )
+
+    def attribute(self, batch_data: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Attribution:
+        """Which part of the step moves the entropy, to first order: momentum, weight decay, each sequence.
+
+        Args:
+            batch_data: rollouts that the step is taken on.
+            optimizer: a torch AdamW, Adam or SGD; None as for `compute_entropy_change`.
+        """
+        rollouts = Rollouts.from_batch(batch_data)
+        settings = self.config.importance_sampling
+        parts = update_parts(
+            self.model,
+            self._optimizer(self.model, optimizer),
+            rollouts,
+            Scoring.from_config(self.config, self.model, self.tokenizer, gradients=True),
+            loss=settings.training_loss,
+            max_grad_norm=settings.max_grad_norm,
+        )
+        return attribute(self.model, rollouts, parts, self._scoring(self.config))
+
     def _compute_logprobs_for_sequences(
         self, sequences: Tensor, prompt_lens: Tensor, attention_masks: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -150,26 +201,14 @@ class ImportanceSampler:
         optimizer: torch.optim.Optimizer | None,
         config: Config,
     ) -> tuple[Change, StepReport, dict[str, float]]:
-        settings = config.importance_sampling
-        if optimizer is None:
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate)
+        optimizer = self._optimizer(model, optimizer)
         clock = _Clock(model)
         scoring = Scoring.from_config(config, model, self.tokenizer)
         original = score(model, evaluated, scoring)
         clock.lap("score_original")
         floor = measure_noise_floor(model, evaluated, original, config, scoring)
         clock.lap("noise_floor")
-        with one_step(
-            model,
-            optimizer,
-            stepped,
-            Scoring.from_config(config, model, self.tokenizer, gradients=True),
-            loss=settings.training_loss,
-            master_weights=settings.master_weights,
-            max_grad_norm=settings.max_grad_norm,
-            snapshot_device=settings.snapshot_device,
-        ) as (step, _):
+        with self._one_step(model, optimizer, stepped, config) as (step, _):
             clock.lap("update")
             updated = score(model, evaluated, replace(scoring, layout=original.layout))
             clock.lap("score_updated")
@@ -177,6 +216,26 @@ class ImportanceSampler:
         change = measure_change(evaluated, original, updated, config, noise_floor=floor, in_sample=evaluated is stepped)
         clock.lap("statistics")
         return change, step, clock.laps | {"total": sum(clock.laps.values())}
+
+    def _one_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, rollouts: Rollouts, config: Config
+    ) -> AbstractContextManager[tuple[StepReport, Snapshot]]:
+        settings = config.importance_sampling
+        return one_step(
+            model,
+            optimizer,
+            rollouts,
+            Scoring.from_config(config, model, self.tokenizer, gradients=True),
+            loss=settings.training_loss,
+            master_weights=settings.master_weights,
+            max_grad_norm=settings.max_grad_norm,
+            snapshot_device=settings.snapshot_device,
+        )
+
+    def _optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        if optimizer is not None:
+            return optimizer
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.config.learning_rate)
 
     def _scoring(self, config: Config) -> Scoring:
         return Scoring.from_config(config, self.model, self.tokenizer)

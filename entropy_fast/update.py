@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -185,6 +186,65 @@ def accumulate_gradients(scorer: Scorer, coefficients: Tensor) -> float:
     return total
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient of a training loss, standing in the parameters' `.grad`, clipped.
+
+    Attributes:
+        loss: the loss's value.
+        norm: the gradient's 2-norm over all trainable parameters, before clipping.
+        coefficients: (N, T) float64, the loss as Σ c · logprob, scaled by the clipping.
+        snapshot: what the model and the optimizer were before.
+    """
+
+    loss: float
+    norm: float
+    coefficients: Tensor
+    snapshot: Snapshot
+
+
+@contextlib.contextmanager
+def gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    scoring: Scoring,
+    *,
+    loss: TrainingLoss = "nll",
+    max_grad_norm: float | None = None,
+    snapshot_device: str = "same",
+) -> Iterator[Gradients]:
+    """Inside the `with`, the optimizer's parameters hold the loss's gradient; afterwards everything is as it was.
+
+    Args:
+        model: trained in the mode (train or eval) that it is in.
+        optimizer: whose parameters are meant, and whose state is kept safe.
+        rollouts: what the loss is taken on.
+        scoring: temperature and microbatches of the loss.
+        loss: see `token_coefficients`.
+        max_grad_norm: clip the gradient's 2-norm to this, None for no clipping.
+        snapshot_device: see `Snapshot`.
+
+    Raises:
+        InputError: no parameter of the optimizer takes a gradient, or `rl` without advantages.
+    """
+    trainable = [p for p in optimized_parameters(optimizer) if p.requires_grad]
+    if not trainable:
+        raise InputError("the optimizer holds no parameter that requires a gradient; there is nothing to update")
+    snapshot = Snapshot(model, optimizer, snapshot_device)
+    try:
+        model.zero_grad(set_to_none=True)
+        scorer = Scorer(model, rollouts, replace(scoring, layout=None, entropy=False))
+        coefficients = token_coefficients(rollouts, scorer.masks.generated, loss)
+        value = accumulate_gradients(scorer, coefficients)
+        limit = max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(trainable, limit))
+        clipped = min(1.0, limit / (norm + 1e-6)) if norm > 0 else 1.0  # as clip_grad_norm_ does
+        yield Gradients(value, norm, coefficients * clipped, snapshot)
+    finally:
+        snapshot.restore()
+
+
 @contextlib.contextmanager
 def one_step(
     model: nn.Module,
@@ -200,37 +260,29 @@ def one_step(
     """Inside the `with`, the model is one optimizer step further; afterwards everything is as it was, bit for bit.
 
     Args:
-        model: trained in the mode (train or eval) that it is in.
-        optimizer: steps once, as it is: its own state, weight decay, parameter groups.
-        rollouts: what the step is taken on.
-        scoring: temperature and microbatches of the loss.
-        loss: see `token_coefficients`.
+        model, optimizer, rollouts, scoring, loss, max_grad_norm, snapshot_device: see `gradients`. The optimizer steps
+            once, as it is: its own state, weight decay and parameter groups.
         master_weights: step float32 copies of low-precision weights, so that no part of the step is rounded away.
             Score with `precision="float32"` inside. Frozen weights are not copied.
-        max_grad_norm: clip the gradient's 2-norm to this before the step, None for no clipping.
-        snapshot_device: see `Snapshot`.
 
     Raises:
-        InputError: no parameter of the optimizer takes a gradient, or `rl` without advantages.
+        InputError: see `gradients`.
     """
-    trainable = [p for p in optimized_parameters(optimizer) if p.requires_grad]
-    if not trainable:
-        raise InputError("the optimizer holds no parameter that requires a gradient; there is nothing to update")
-    snapshot = Snapshot(model, optimizer, snapshot_device)
-    try:
-        model.zero_grad(set_to_none=True)
-        scorer = Scorer(model, rollouts, replace(scoring, layout=None, entropy=False))
-        coefficients = token_coefficients(rollouts, scorer.masks.generated, loss)
-        value = accumulate_gradients(scorer, coefficients)
+    with gradients(
+        model,
+        optimizer,
+        rollouts,
+        scoring,
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        snapshot_device=snapshot_device,
+    ) as gradient:
         if master_weights:
             _raise_to_float32(optimizer)
-        grad_norm = float(nn.utils.clip_grad_norm_(trainable, max_grad_norm or float("inf")))
         optimizer.step()
-        report = StepReport(value, grad_norm, snapshot.unchanged_share())
+        report = StepReport(gradient.loss, gradient.norm, gradient.snapshot.unchanged_share())
         model.zero_grad(set_to_none=True)  # the gradients have done their work; scoring needs the memory
-        yield report, snapshot
-    finally:
-        snapshot.restore()
+        yield report, gradient.snapshot
 
 
 def _raise_to_float32(optimizer: torch.optim.Optimizer) -> None:
