@@ -289,6 +289,21 @@ def test_what_lies_outside_the_mask_is_never_read():
     assert diagnose(poisoned).to_dict() == diagnose(scores).to_dict()
 
 
+def test_blocks_of_sequences_are_summed_alike_and_named_right(monkeypatch):
+    from entropy_fast.estimators import paired
+
+    whole = random_scores(16)
+    monkeypatch.setattr(paired, "_BLOCK", 40)  # four sequences at a time
+    parts = random_scores(16)
+    for name in ("logprob0", "logprob1", "entropy0", "entropy1", "log_weight", "surprise0", "surprise1"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-13, rtol=0)
+    row = int(MASK.any(dim=1).nonzero()[-1])
+    lp = random_scores(0).tokens.logprob0.clone()
+    lp[row] = math.nan
+    with pytest.raises(InputError, match=f"sequence {row}, column"):
+        PairedScores.from_tokens(**tokens_with(logprob0=lp))
+
+
 def test_sum_of_differences_is_better_than_difference_of_sums():
     """float32 scores of a long sequence: ℓ from per-token differences keeps what subtracting float32 sums loses."""
     g = torch.Generator().manual_seed(0)

@@ -372,7 +372,7 @@ def test_a_mask_that_runs_on_past_the_eos_is_counted_and_reported():
     assert stopped["original_entropy"] == pytest.approx(plain["original_entropy"], rel=1e-12)
 
 
-@pytest.mark.parametrize(("frozen", "unchanged"), [(torch.float32, (0.0, 0.05)), (torch.bfloat16, (0.9, 1.0))])
+@pytest.mark.parametrize(("frozen", "unchanged"), [(torch.float32, (0.0, 0.2)), (torch.bfloat16, (0.9, 1.0))])
 def test_the_share_of_weights_that_rounding_left_alone_is_reported(frozen, unchanged):
     model = tiny("llama", dtype=frozen)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
