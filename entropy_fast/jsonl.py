@@ -125,7 +125,7 @@ def read_rollouts(path: str | Path) -> RolloutFile:
         raise InputError(
             f"{source} mixes temperatures {sorted(map(str, temperatures))}; score each in a file of its own"
         )
-    return RolloutFile(source, records, numbers, _to_tensors(records), temperatures.pop())
+    return RolloutFile(source, records, numbers, to_rollouts(records), temperatures.pop())
 
 
 def write_rollouts(path: str | Path, records: Iterable[Rollout]) -> None:
@@ -152,6 +152,20 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise InputError(f'{source} holds no prompts; it needs at least one line like {{"prompt": "Once upon a time"}}')
     return prompts
+
+
+def to_rollouts(records: list[Rollout]) -> Rollouts:
+    """The records as padded tensors."""
+    names: dict[int | str, int] = {}
+    indexed = records[0].prompt_index is not None
+    return Rollouts.from_lists(
+        [record.prompt_ids for record in records],
+        [record.completion_ids for record in records],
+        [names.setdefault(record.prompt_index, len(names)) for record in records] if indexed else None,  # type: ignore[arg-type]
+        advantages=_column(records, "advantage"),
+        max_lengths=_column(records, "max_tokens"),
+        sampler_logprobs=[record.sampler_logprobs for record in records],
+    )
 
 
 _EXAMPLE = '{"prompt_ids": [12, 7], "completion_ids": [33, 5, 0]}'
@@ -205,19 +219,6 @@ def _prompt(entry: dict[str, Any], where: str) -> Prompt:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
         raise InputError(f'{where}: messages must be a list like [{{"role": "user", "content": "Hello"}}]')
     return Prompt(None, None, value, where)
-
-
-def _to_tensors(records: list[Rollout]) -> Rollouts:
-    names: dict[int | str, int] = {}
-    indexed = records[0].prompt_index is not None
-    return Rollouts.from_lists(
-        [record.prompt_ids for record in records],
-        [record.completion_ids for record in records],
-        [names.setdefault(record.prompt_index, len(names)) for record in records] if indexed else None,  # type: ignore[arg-type]
-        advantages=_column(records, "advantage"),
-        max_lengths=_column(records, "max_tokens"),
-        sampler_logprobs=[record.sampler_logprobs for record in records],
-    )
 
 
 def _column(records: list[Rollout], key: str) -> list[Any] | None:
