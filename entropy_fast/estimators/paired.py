@@ -14,6 +14,8 @@ Integrand = Literal["sampled", "rao_blackwell"]
 
 # log-probabilities and entropies that came through float32 may miss their bounds by rounding
 _ROUNDING = 1e-3
+# tokens summed at a time, so that the float64 copies stay near 100 MB whatever the batch
+_BLOCK = 2**21
 
 
 @dataclass(frozen=True)
@@ -101,28 +103,19 @@ class PairedScores:
         if bool((counted & ~generated).any()):
             row = int((counted & ~generated).any(dim=1).nonzero()[0])
             raise InputError(f"counted must be a subset of generated; sequence {row} counts a token that it lacks")
-        lp0, lp1 = _emitted(logprob0, generated), _emitted(logprob1, generated)
-        h0 = None if entropy0 is None else _emitted(entropy0, generated)
-        h1 = None if entropy1 is None else _emitted(entropy1, generated)
-        _check_values(lp0, "logprob0", upper=True)
-        _check_values(lp1, "logprob1", upper=True)
-        for name, h in (("entropy0", h0), ("entropy1", h1)):
-            if h is not None:
-                _check_values(h, name, upper=False)
-        _check_possible(lp0)
+        tokens = TokenScores(logprob0, logprob1, entropy0, entropy1, generated, counted)
+        step = max(1, _BLOCK // max(1, shape[1]))
+        blocks = [_sums(tokens, slice(first, first + step)) for first in range(0, shape[0], step)]
+        sums = {
+            name: None if first is None else torch.cat([_present(block[name]) for block in blocks])
+            for name, first in blocks[0].items()
+        }
         return cls(
-            logprob0=_masked_sum(lp0, counted),
-            logprob1=_masked_sum(lp1, counted),
-            entropy0=None if h0 is None else _masked_sum(h0, counted),
-            entropy1=None if h1 is None else _masked_sum(h1, counted),
-            log_weight=(lp1 - lp0).sum(dim=1),
+            **sums,  # type: ignore[arg-type]  # each present where its scores are
             length=counted.sum(dim=1).to(torch.float64),
             generated_length=generated.sum(dim=1).to(torch.float64),
-            generated_logprob0=lp0.sum(dim=1),
-            prompt_index=_prompts(prompt_index, shape[0], lp0.device),
-            surprise0=None if h0 is None else (lp0 + h0).sum(dim=1),
-            surprise1=None if h1 is None else (lp1 + h1).sum(dim=1),
-            tokens=TokenScores(logprob0, logprob1, entropy0, entropy1, generated, counted),
+            prompt_index=_prompts(prompt_index, shape[0], logprob0.device),
+            tokens=tokens,
         )
 
     @classmethod
@@ -225,12 +218,41 @@ def _mask(mask: Tensor, name: str) -> Tensor:
     return mask != 0
 
 
-def _emitted(x: Tensor, generated: Tensor) -> Tensor:
-    return torch.where(generated, x.detach().to(torch.float64), 0.0)
+def _sums(tokens: TokenScores, rows: slice) -> dict[str, Tensor | None]:
+    """The float64 sums over the tokens of some sequences, checked."""
+    generated, counted = tokens.generated[rows], tokens.counted[rows]
+
+    def emitted(x: Tensor | None, name: str, *, upper: bool) -> Tensor | None:
+        if x is None:
+            return None
+        x = torch.where(generated, x[rows].detach().to(torch.float64), 0.0)
+        _check_values(x, name, upper=upper, first_row=rows.start)
+        return x
+
+    lp0 = _present(emitted(tokens.logprob0, "logprob0", upper=True))
+    lp1 = _present(emitted(tokens.logprob1, "logprob1", upper=True))
+    h0 = emitted(tokens.entropy0, "entropy0", upper=False)
+    h1 = emitted(tokens.entropy1, "entropy1", upper=False)
+    _check_possible(lp0, first_row=rows.start)
+
+    def over_counted(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(counted, x, 0.0).sum(dim=1)
+
+    return {
+        "logprob0": over_counted(lp0),
+        "logprob1": over_counted(lp1),
+        "entropy0": over_counted(h0),
+        "entropy1": over_counted(h1),
+        "log_weight": (lp1 - lp0).sum(dim=1),
+        "generated_logprob0": lp0.sum(dim=1),
+        "surprise0": None if h0 is None else (lp0 + h0).sum(dim=1),
+        "surprise1": None if h1 is None else (lp1 + h1).sum(dim=1),
+    }
 
 
-def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0.0).sum(dim=1)
+def _present(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def _prompts(index: Tensor, n: int, device: torch.device) -> Tensor:
@@ -241,20 +263,20 @@ def _prompts(index: Tensor, n: int, device: torch.device) -> Tensor:
     return index.to(device=device, dtype=torch.int64)
 
 
-def _check_values(x: Tensor, name: str, *, upper: bool) -> None:
+def _check_values(x: Tensor, name: str, *, upper: bool, first_row: int = 0) -> None:
     """Log-probs (`upper`) lie in [−inf, 0], entropies and lengths in [0, inf)."""
     bad = ~(x <= _ROUNDING) if upper else ~((x >= -_ROUNDING) & (x < torch.inf))
     if bool(bad.any()):
         place = tuple(bad.nonzero()[0].tolist())
-        where = f"sequence {place[0]}" + (f", column {place[1]}" if len(place) > 1 else "")
+        where = f"sequence {first_row + place[0]}" + (f", column {place[1]}" if len(place) > 1 else "")
         bounds = "at most 0 (a log-probability in nats, not a loss)" if upper else "finite and not negative"
         raise InputError(f"{name} must be {bounds}; {where} has {x[place].item()}")
 
 
-def _check_possible(logprob0: Tensor) -> None:
+def _check_possible(logprob0: Tensor, *, first_row: int = 0) -> None:
     impossible = (logprob0 == -torch.inf).any(dim=1)
     if bool(impossible.any()):
         raise InputError(
-            f"sequence {int(impossible.nonzero()[0])} has probability 0 under the original policy, so it was not drawn "
-            "from it; score with the policy, the temperature and the vocabulary that sampled"
+            f"sequence {first_row + int(impossible.nonzero()[0])} has probability 0 under the original policy, "
+            "so it was not drawn from it; score with the policy, the temperature and the vocabulary that sampled"
         )
