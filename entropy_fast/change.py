@@ -149,11 +149,11 @@ def measure_noise_floor(
         model: with the original policy's weights.
         rollouts: as for `original`.
         original: the first scoring.
-        config: `importance_sampling.noise_floor` is `off`, `subsample` (whole prompts, about 64 sequences) or `full`.
+        config: `importance_sampling.noise_floor` is `none`, `subsample` (whole prompts, about 64 sequences) or `full`.
         scoring: how `original` was scored.
     """
     mode = config.importance_sampling.noise_floor
-    if mode == "off":
+    if mode == "none":
         return None
     index = torch.arange(len(rollouts), device=rollouts.tokens.device)
     if mode == "subsample" and len(rollouts) > _SUBSAMPLE:
@@ -164,12 +164,18 @@ def measure_noise_floor(
     first = select(original, index)
     if not first.masks.generated.any():
         return None
-    lengths = DenseRollouts.pack(sample, first.masks).input_lengths
-    largest = max(len(group) for group in original.layout.microbatches)
-    layout = Layout.by_tokens(lengths, token_budget=int(lengths.sum()), max_sequences=max(1, largest // 2))
-    second = score(model, sample, replace(scoring, layout=layout, entropy=original.entropy is not None))
+    second = score(
+        model, sample, replace(scoring, layout=other_layout(sample, first), entropy=original.entropy is not None)
+    )
     options = _headline_options(config)
     return noise_floor(pair(sample, first, second), n_full=len(rollouts), unit=config.entropy.unit, **options)
+
+
+def other_layout(rollouts: Rollouts, scores: Scores) -> Layout:
+    """Microbatches of half as many sequences as those that `scores` came from: the same answer, rounded otherwise."""
+    lengths = DenseRollouts.pack(rollouts, scores.masks).input_lengths
+    largest = max(len(group) for group in scores.layout.microbatches)
+    return Layout.by_tokens(lengths, token_budget=int(lengths.sum()), max_sequences=max(1, largest // 2))
 
 
 def pair(rollouts: Rollouts, original: Scores, updated: Scores) -> PairedScores:

@@ -78,7 +78,7 @@ class ImportanceSamplingConfig:
         report_per_token: report per-token numbers beside the configured unit.
         snapshot_device: where the copy of the weights waits: `cpu`, `cuda` or `same`.
         noise_floor: score the original policy again in another layout, to know the rounding noise of the result:
-            `subsample` does so for about 64 sequences, `full` for all, `off` not at all.
+            `subsample` does so for about 64 sequences, `full` for all, `none` not at all.
         master_weights: apply the update to float32 copies of the trainable weights and score both policies in
             float32, to study the step itself rather than its rounding to the model's dtype.
     """
@@ -93,7 +93,7 @@ class ImportanceSamplingConfig:
     max_grad_norm: float | None = None
     report_per_token: bool = False
     snapshot_device: str = "same"
-    noise_floor: Literal["off", "subsample", "full"] = "subsample"
+    noise_floor: Literal["none", "subsample", "full"] = "subsample"
     master_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -228,7 +228,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(kind, with_state, snapshot_de
 def test_they_come_back_after_an_exception_in_the_middle(kind, where, monkeypatch):
     model, data, optimizer = warmed(kind, True)
     before = state_of(model, optimizer)
-    sampler = ImportanceSampler(model, {"importance_sampling": {"noise_floor": "off"}})
+    sampler = ImportanceSampler(model, {"importance_sampling": {"noise_floor": "none"}})
     step = optimizer.step
 
     def failing_step(*args):
