@@ -33,8 +33,8 @@ MAX_NEW_TOKENS = 64
 LEARNING_RATE = 1e-4
 EOS_ID, PAD_ID = 0, 1
 _TITLES = {
-    "nll": "One AdamW step of nll on the shortest entry of every headword",
-    "rl": "One AdamW step of rl that rewards longer entries",
+    "nll": "nll: one step on the shortest entries",
+    "rl": "rl: one step that rewards longer entries",
 }
 
 Progress = Callable[[int, int], None]

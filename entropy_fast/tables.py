@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def score_rows(file: RolloutFile, scores: Scores, *, per_token: bool = False) ->
             if values is not None:
                 columns[name] = [part.tolist() for part in values[masks.generated].split(sizes)]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def summary(scores: Scores) -> str:
+    """One line: how much was scored, and its entropy per sequence and per token, by the sampled tokens."""
+    tokens, n = int(scores.lengths.sum()), len(scores.lengths)
+    nats = -float(scores.S.sum())
+    per_token = nats / max(tokens, 1)
+    return (
+        f"{n:,} sequences, {tokens:,} tokens: {nats / n:.4g} nats per sequence, "
+        f"{per_token:.4g} nats ({per_token / math.log(2):.4g} bits) per token"
+    )
 
 
 def check_table_path(path: str | Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ def _draw_weights(report: Report, axes: Any) -> None:
     axes.axvline(0, color=INK, lw=1)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("log importance weight of a sequence, nats")
     axes.set_ylabel("sequences")
     axes.margins(x=0.02)
     facts = (
-        f"ESS {d.ess:,.0f} of {d.n_sequences:,} ({d.ess_fraction:.0%})",
+        f"ESS {d.ess_fraction:.0%} of {d.n_sequences:,}",
         f"k̂ {d.khat:.2f} (good below {d.khat_threshold:.2f})",
-        f"mean weight {d.mean_weight:.3f} (z = {_signed(d.mean_weight_z, '.1f')})",
+        f"mean {d.mean_weight:.3f} (z = {_signed(d.mean_weight_z, '.1f')})",
     )
     _title(axes, "Importance weights", ", ".join(facts))
 
@@ -191,7 +191,8 @@ def _draw_lengths(report: Report, axes: Any) -> None:
 
 def _title(axes: Any, title: str, subtitle: str) -> None:
     axes.set_title(title, pad=22)
-    axes.annotate(subtitle, (0, 1), (0, 7), "axes fraction", "offset points", color=FAINT, fontsize=9.5)
+    note = axes.annotate(subtitle, (0, 1), (0, 7), "axes fraction", "offset points", color=FAINT, fontsize=9.5)
+    note.set_in_layout(False)  # a long one may run over the margin rather than squeeze the panels
 
 
 def _signed(value: float, form: str) -> str:

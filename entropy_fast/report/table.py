@@ -51,6 +51,25 @@ def estimates_table(report: Report) -> Table:
     return table
 
 
+def render_views(reports: list[Report]) -> RenderableType:
+    """Sequence-level beside per-token, one row a report: what of ΔH is only length."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim", title="The two views, in nats")
+    table.title_justify = "left"
+    table.title_style = "bold"
+    table.add_column("update")
+    for heading in ("ΔH/sequence", "by length", "per token", "ΔH/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        change, length = report.change, report.length
+        cells = []
+        for unit in _UNITS:
+            e = change.estimates[f"{unit}/{change.headline.integrand}"]
+            digits = _decimals(e.value, e.se)
+            cells.append(f"{e.value:+.{digits}f} ± {e.se:.{digits}f}")
+        table.add_row(report.title, cells[0], f"{length.length_part:+.2f}", f"{length.per_token_part:+.2f}", cells[1])
+    return table
+
+
 def facts_table(report: Report) -> Table:
     """What the estimate rests on, one fact a line."""
     table = Table.grid(padding=(0, 2, 0, 0))

@@ -1,0 +1,333 @@
+"""The command line: `entropy-fast demo | sample | score | compare`.
+
+Each command reads its arguments, calls one function of the package and prints what came out: results on stdout,
+progress and messages on stderr. What needs torch is imported when a command runs, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from entropy_fast._version import __version__
+from entropy_fast.console import quiet_libraries, say, say_error, stage_bars
+from entropy_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from entropy_fast.config import Config
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can mend into one line and exit status 2, and Ctrl-C into 130; no tracebacks for either."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with quiet_libraries():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted; nothing half-written was left behind")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except InputError as error:
+            say_error(str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            say_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+            raise typer.Exit(2) from None
+
+
+class Precision(StrEnum):
+    """The choices of `--dtype`."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="entropy-fast",
+    help="By how much did a language model's policy entropy change, and can the number be believed?",
+    epilog="Start with [bold]entropy-fast demo[/bold]: half a minute, nothing downloaded, and files to try the "
+    "other commands on.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_WHAT, _HOW, _WHERE = "What to compute", "How", "Machine"
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that transformers can load.")]
+RolloutsArgument = Annotated[
+    str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSON lines ('-' reads stdin); see docs/rollouts.md.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="YAML", help="A configuration file.", rich_help_panel=_WHAT)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set one configuration key, [bold]entropy.unit=per_token[/bold] say; repeatable.",
+        rich_help_panel=_WHAT,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, ...; by default the GPU where there is one.", rich_help_panel=_WHERE),
+]
+DTypeOption = Annotated[
+    Precision,
+    typer.Option(
+        metavar="DTYPE",
+        help="The weights' precision: float32, bfloat16, float16, or auto for the checkpoint's own.",
+        rich_help_panel=_WHERE,
+    ),
+]
+
+
+def _example(*commands: str) -> str:
+    return "\n\n".join(["Examples:", *(f"[cyan]entropy-fast {command}[/cyan]" for command in commands)])
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"entropy-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=_example("demo -o demo-report --seed 1"))
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo-report"),
+    seed: Annotated[int, typer.Option(help="Of the weights, the batches and the samples.")] = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Train a tiny model, take two updates, and report how its entropy moved.
+
+    Nothing is downloaded; it takes about half a minute on two CPU cores. The checkpoints and rollouts that it writes
+    are there to try the other commands on.
+    """
+    from rich.console import Console
+
+    from entropy_fast import demo as embedded
+    from entropy_fast.report.table import render, render_views
+
+    _quiet_transformers()
+    with stage_bars() as bars:
+        reports = embedded.run(output, seed=seed, device=device, progress=bars)
+    console = Console()
+    for report in reports.values():
+        console.print(render(report))
+        console.rule(style="dim")
+    console.print(render_views(list(reports.values())))
+    say(f"\nwritten to {output}/; things to try next:", style="dim")
+    for line in (
+        f"entropy-fast compare {output}/original {output}/updated-rl {output}/rollouts.jsonl "
+        "--set entropy.unit=per_token -o report",
+        f"entropy-fast score {output}/original {output}/rollouts.jsonl -o scores.csv",
+        f"entropy-fast sample {output}/updated-rl {output}/prompts.jsonl -o longer.jsonl",
+    ):
+        say("  " + line)
+
+
+@app.command(
+    epilog=_example(
+        "sample demo-report/original demo-report/prompts.jsonl -g 16 -o rollouts.jsonl",
+        "sample MODEL prompts.jsonl | entropy-fast score MODEL -",
+    )
+)
+def sample(
+    model: ModelArgument,
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="JSON lines with prompt (text), prompt_ids or messages ('-' reads stdin).",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The rollouts file; '-' writes to stdout.")] = "-",
+    group_size: Annotated[
+        int, typer.Option("--group-size", "-g", min=1, help="Completions of each prompt.", rich_help_panel=_HOW)
+    ] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a completion.", rich_help_panel=_HOW)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="Divides the logits.", rich_help_panel=_HOW)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.", rich_help_panel=_HOW)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.", rich_help_panel=_WHERE)] = 64,
+    device: DeviceOption = None,
+    dtype: DTypeOption = Precision.auto,
+) -> None:
+    """Draw rollouts from a model: ids kept, log-probs with them, the whole distribution.
+
+    Top-p, top-k and penalties in the model's generation config are switched off: a rollout drawn with them comes from
+    another distribution than the one that is scored.
+    """
+    from entropy_fast.heads import eos_token_ids
+    from entropy_fast.jsonl import read_prompts, write_rollouts
+    from entropy_fast.loading import load_model
+    from entropy_fast.sampling import encode_prompts, sample_rollouts
+
+    if temperature <= 0:
+        raise InputError(f"--temperature must be above 0, got {temperature}; for near-greedy text take 0.1")
+    given = read_prompts(prompts)
+    _quiet_transformers()
+    loaded = load_model(model, device=device, dtype=dtype.value)
+    ids = encode_prompts(given, loaded.tokenizer)
+    with stage_bars() as bars:
+        rollouts = sample_rollouts(
+            loaded.model,
+            ids,
+            group_size=group_size,
+            eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed,
+            tokenizer=loaded.tokenizer,
+            progress=lambda done, total: bars("sample", done, total),
+        )
+    write_rollouts(output, rollouts)
+    stopped = sum(rollout.finish_reason == "stop" for rollout in rollouts)
+    say(f"{len(rollouts):,} rollouts of {len(ids):,} prompts, {stopped:,} ended with an EOS", style="dim")
+
+
+@app.command(
+    epilog=_example(
+        "score demo-report/original demo-report/rollouts.jsonl -o scores.parquet",
+        "score demo-report/original demo-report/rollouts.jsonl --per-token | head -1",
+    )
+)
+def score(
+    model: ModelArgument,
+    rollouts: RolloutsArgument,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="A .parquet, .jsonl or .csv file; '-' writes JSON lines to stdout."),
+    ] = "-",
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also the log-prob and entropy of every token.", rich_help_panel=_WHAT)
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = Precision.auto,
+) -> None:
+    """Score rollouts: log-prob sum S, entropy sum R and length L of every sequence.
+
+    S and R are in nats, over the L tokens that count.
+    """
+    from entropy_fast.checkpoints import score_checkpoint
+    from entropy_fast.jsonl import read_rollouts
+    from entropy_fast.tables import check_table_path, score_rows, summary, write_table
+
+    settings = _configuration(config, assignments)
+    check_table_path(output)
+    file = read_rollouts(rollouts)
+    _quiet_transformers()
+    with stage_bars() as bars:
+        scores = score_checkpoint(model, file, settings, device=device, dtype=dtype.value, progress=bars)
+    write_table(output, score_rows(file, scores, per_token=per_token))
+    say(summary(scores), style="dim")
+
+
+@app.command(
+    epilog=_example(
+        "compare demo-report/original demo-report/updated-rl demo-report/rollouts.jsonl -o report",
+        "compare BASE ADAPTER rollouts.jsonl --set entropy.unit=per_token --json | jq .verdict",
+    )
+)
+def compare(
+    original: Annotated[
+        Path, typer.Argument(metavar="ORIGINAL", help="The policy that the rollouts were drawn from: a model folder.")
+    ],
+    updated: Annotated[
+        Path, typer.Argument(metavar="UPDATED", help="The same model after the update, or a LoRA adapter on ORIGINAL.")
+    ],
+    rollouts: RolloutsArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for report.json and report.png.")] = Path(
+        "report"
+    ),
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print report.json on stdout instead of the table.", rich_help_panel=_WHAT)
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = Precision.auto,
+) -> None:
+    """Measure by how much the entropy changed from ORIGINAL to UPDATED, and whether to believe it."""
+    import json
+
+    from rich.console import Console
+
+    from entropy_fast.checkpoints import compare_checkpoints
+    from entropy_fast.jsonl import read_rollouts
+    from entropy_fast.report import Report
+    from entropy_fast.report.table import render
+
+    settings = _configuration(config, assignments)
+    file = read_rollouts(rollouts)
+    _quiet_transformers()
+    with stage_bars() as bars:
+        change = compare_checkpoints(original, updated, file, settings, device=device, dtype=dtype.value, progress=bars)
+    report = Report(
+        change,
+        f"{original.name} → {updated.name}",
+        {"original": str(original), "updated": str(updated), "rollouts": file.source, "config": settings.to_dict()},
+    )
+    written = report.write(output)
+    if json_:
+        typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(render(report))
+    say("written: " + ", ".join(map(str, written)), style="dim")
+    if len(written) == 1:
+        say("for report.png: pip install entropy_fast[plot]", style="dim")
+
+
+def main() -> None:
+    """The console script."""
+    # so that a `kill` runs the clean-up of half-written files too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    app()
+
+
+def _configuration(path: Path | None, assignments: list[str] | None) -> Config:
+    from entropy_fast.config import Config
+
+    config = Config() if path is None else Config.from_yaml(path)
+    return config.override(assignments or [])
+
+
+def _quiet_transformers() -> None:
+    """Its bars and warnings would write over ours; what matters in them is checked when a model is loaded."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
