@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from entropy_fast.change import Change, measure_change, measure_noise_floor
 from entropy_fast.config import Config
 from entropy_fast.parts import Attribution, attribute, update_parts
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.scoring import Scores, Scoring, score
+from entropy_fast.scoring import Scoring, score
 from entropy_fast.sweep import Sweep, sweep
 from entropy_fast.update import Snapshot, StepReport, one_step
 
@@ -126,9 +126,39 @@ class ImportanceSampler:
             self.logger.warning("importance sampling: %s", fault)
         return not faults
 
-    def compare(self, original: Scores, updated: Scores, rollouts: Rollouts) -> Change:
-        """The change between two sets of scores of the same rollouts, however the two policies came about."""
-        return measure_change(rollouts, original, updated, self.config)
+    def entropy_change_between(
+        self,
+        batch_data: Mapping[str, Any],
+        updated: nn.Module | AbstractContextManager[Any],
+        original: AbstractContextManager[Any] | None = None,
+    ) -> dict[str, Any]:
+        """ΔH between two policies that exist already, no step taken.
+
+        Args:
+            batch_data: rollouts drawn from the original policy.
+            updated: another model, or a context manager that makes the sampler's own model the updated policy while
+                it is entered: `policies.with_state`, `policies.moved`, ...
+            original: likewise for the original policy: `policies.adapter_off(model)` with
+                `updated=contextlib.nullcontext()` compares a LoRA adapter with its base. None takes the model as it is.
+
+        Returns:
+            As `compute_entropy_change`, without `update`.
+        """
+        rollouts = Rollouts.from_batch(batch_data)
+        clock = _Clock(self.model)
+        scoring = self._scoring(self.config)
+        with original or nullcontext():
+            first = score(self.model, rollouts, scoring)
+            clock.lap("score_original")
+            floor = measure_noise_floor(self.model, rollouts, first, self.config, scoring)
+            clock.lap("noise_floor")
+        other, policy = (updated, nullcontext()) if isinstance(updated, nn.Module) else (self.model, updated)
+        with policy:
+            second = score(other, rollouts, replace(scoring, layout=first.layout))
+            clock.lap("score_updated")
+        change = measure_change(rollouts, first, second, self.config, noise_floor=floor)
+        clock.lap("statistics")
+        return self._result(change, None, clock.laps | {"total": sum(clock.laps.values())})
 
     def sweep(
         self,
@@ -247,7 +277,7 @@ class ImportanceSampler:
             sections[section][key] = value
         return Config.from_dict(sections, strict=True)
 
-    def _result(self, change: Change, step: StepReport, timing: dict[str, float]) -> dict[str, Any]:
+    def _result(self, change: Change, step: StepReport | None, timing: dict[str, float]) -> dict[str, Any]:
         report = change.to_dict()
         headline = change.headline
         if change.low_ess:
@@ -267,8 +297,7 @@ class ImportanceSampler:
             "updated_entropy": headline.updated,
             "unit": headline.unit,
             "timing": timing,
-            "update": asdict(step),
-        }
+        } | ({} if step is None else {"update": asdict(step)})
         return result | {key: report[key] for key in report if key not in result}
 
 

@@ -3,12 +3,14 @@
 import copy
 import logging
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny_models import tiny
 
 from entropy_fast import ImportanceSampler, InputError, ProbeComponents, Rollouts
+from entropy_fast.policies import adapter_off, moved, state_difference, with_state
 from entropy_fast.psis import psislw
 
 B, G, P, T = 4, 3, 3, 10
@@ -447,3 +449,25 @@ def test_validation_accepts_good_rollouts_and_rejects_a_wrong_temperature(caplog
     with caplog.at_level(logging.WARNING, logger="entropy_fast"):
         assert sampler.validate_importance_sampling(data[0.5]) is False
     assert caplog.text
+
+
+def test_two_policies_that_exist_already():
+    """Two models, a state dict, a direction and an adapter agree with two scorings by hand."""
+    peft = pytest.importorskip("peft")
+    model, other, data = model64(), model64(seed=1), batch()
+    sampler = ImportanceSampler(model)
+    by_model = sampler.entropy_change_between(data, other)
+    by_state = sampler.entropy_change_between(data, with_state(model, other.state_dict()))
+    by_move = sampler.entropy_change_between(data, moved(state_difference(model, other.state_dict()), 1.0))
+    with torch.no_grad():
+        S0, S1 = (next(iter(token_scores(m, data))).sum(2) for m in (model, other))
+    w = (S1 - S0 - (S1 - S0).max()).exp()
+    truth = float(-(w * S1).sum() / w.sum() + S0.mean())
+    for result in (by_model, by_state, by_move):
+        assert result["deltaH_snis"] == pytest.approx(truth, rel=1e-6)
+        assert "update" not in result
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model64(), config).double().eval()
+    lora = ImportanceSampler(adapted).entropy_change_between(data, nullcontext(), original=adapter_off(adapted))
+    assert lora["original_entropy"] == pytest.approx(by_model["original_entropy"], rel=1e-12)
+    assert lora["deltaH_snis"] != 0
