@@ -154,8 +154,8 @@ def test_the_mistakes_do_move_the_estimate():
         "top-p": limit(policy(0.0, 1.0, 0.9).probability, s0, s1, s1 - s0),
         "root": limit(old.probability, s0, s1, (s1 - s0) / length),
     }
-    # the EOS moves this model the least, by 2%
-    assert all(abs(value - exact) > 0.01 * abs(exact) for value in wrong.values()), (exact, wrong)
+    # the least harm here is 7%, by dropping the truncated
+    assert all(abs(value - exact) > 0.05 * abs(exact) for value in wrong.values()), (exact, wrong)
 
 
 def test_a_large_update_is_not_believed():
