@@ -290,11 +290,17 @@ def test_what_lies_outside_the_mask_is_never_read():
 
 
 def test_blocks_of_sequences_are_summed_alike_and_named_right(monkeypatch):
-    from entropy_fast.estimators import paired
+    from entropy_fast.estimators import paired, prefix
 
     whole = random_scores(16)
+    alone = entropy_change(whole, estimator="prefix", unit="per_token")
     monkeypatch.setattr(paired, "_BLOCK", 40)  # four sequences at a time
+    monkeypatch.setattr(prefix, "_BLOCK", 200)  # two steps at a time
     parts = random_scores(16)
+    together = entropy_change(parts, estimator="prefix", unit="per_token")
+    assert together.value == pytest.approx(alone.value, abs=1e-13)
+    assert together.jackknife == pytest.approx(alone.jackknife, abs=1e-12)
+    torch.testing.assert_close(together.influence, alone.influence, atol=1e-12, rtol=0)
     for name in ("logprob0", "logprob1", "entropy0", "entropy1", "log_weight", "surprise0", "surprise1"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-13, rtol=0)
     row = int(MASK.any(dim=1).nonzero()[-1])

@@ -129,7 +129,9 @@ def entropy_change(
         control_variate: subtract what is known to have mean zero, with leave-one-out baselines. Helps when prompts
             differ widely; mixed otherwise. Implies method "is", whose weights have the known mean 1.
         confidence: of the interval.
-        collective: the ranks over which the sequences are spread; per-sequence results stay with their rank.
+        collective: the ranks over which the sequences are spread (`entropy_fast.collective.ProcessGroup`). Each calls
+            this with its own part, one sequence or more, and prompt ids 0..P−1 that mean the same everywhere; a prompt
+            may be split. All get the same numbers; per-sequence results stay with their rank.
 
     Returns:
         An `EntropyChange`. Equal scores under both policies give exactly 0.

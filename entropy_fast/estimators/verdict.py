@@ -298,17 +298,15 @@ def _about_the_estimate(e: EntropyChange, limits: Thresholds, noise_floor: float
     found: list[Finding] = []
     if not math.isfinite(e.value):
         found.append(Finding("not_finite", "fail", f"ΔH is {e.value}: the weights overflow; take method snis"))
-    if noise_floor is not None and abs(e.value) <= noise_floor:
-        # equal scores give 0 ± 0 exactly, and that is as believable as it is dull
-        severity: Severity = "note" if e.value == 0.0 and noise_floor == 0.0 else "fail"
-        found.append(
-            Finding(
-                "noise_floor",
-                severity,
-                f"|ΔH| = {abs(e.value):.2g} does not rise above the rounding noise, {noise_floor:.2g}: score in "
-                "float32, both policies in one batch layout, or take a larger step",
-            )
+    if e.value == 0.0:
+        message = "ΔH is exactly 0: both policies give these sequences the same scores"
+        found.append(Finding("unchanged", "note", message))
+    elif noise_floor is not None and abs(e.value) <= noise_floor:
+        message = (
+            f"|ΔH| = {abs(e.value):.2g} does not rise above the rounding noise, {noise_floor:.2g}: score in float32, "
+            "both policies in one batch layout, or take a larger step"
         )
+        found.append(Finding("noise_floor", "fail", message))
     if e.n_prompts < 2:
         found.append(
             Finding(
