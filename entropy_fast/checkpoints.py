@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from entropy_fast.calibration import PrecisionNoise, calibrate
 from entropy_fast.change import Change, measure_change, measure_noise_floor
 from entropy_fast.config import Config
 from entropy_fast.errors import InputError
@@ -23,7 +25,9 @@ from entropy_fast.loading import (
     load_model,
     with_adapter,
 )
+from entropy_fast.policies import adapter_direction, adapter_off, state_difference
 from entropy_fast.scoring import Scores, Scoring, score
+from entropy_fast.sweep import Sweep, sweep
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (what is done, tokens done, tokens in all)."""
@@ -94,6 +98,69 @@ def compare_checkpoints(
         loaded = load_model(updated, device=device, dtype=dtype)
     second = _score(loaded, file, replace(scoring, layout=first.layout), "updated", progress)
     return measure_change(file.rollouts, first, second, config, noise_floor=floor)
+
+
+def sweep_checkpoints(
+    original: str | Path,
+    updated: str | Path,
+    file: RolloutFile,
+    etas: Sequence[float],
+    config: Config | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: DType = "auto",
+    progress: StageProgress | None = None,
+) -> Sweep:
+    """Measure ΔH along the straight line from one model folder to another: θ + η (θ_updated − θ).
+
+    Args:
+        original: the policy that the rollouts were drawn from, η = 0.
+        updated: a checkpoint of the same model, or a LoRA adapter on `original`: η = 1.
+        file: see `read_rollouts`.
+        etas: two or more steps.
+        config: see `Config`.
+        device, dtype: see `load_model`.
+        progress: called after each policy.
+
+    Raises:
+        InputError: as `compare_checkpoints`, or the adapter is of a kind that adds no matrix to the weights.
+    """
+    config = at_sampled_temperature(config or Config(), file)
+    check_same_vocabulary(original, updated)
+    loaded = load_model(original, device=device, dtype=dtype)
+    file.check_vocabulary(loaded.vocab_size)
+    if is_adapter(check_model_folder(updated)) and not is_checkpoint(updated):
+        loaded = with_adapter(loaded, updated)
+        direction = adapter_direction(loaded.model)
+        switched: AbstractContextManager[None] = adapter_off(loaded.model)
+    else:
+        other = load_model(updated, device="cpu", dtype=dtype)
+        direction = state_difference(loaded.model, other.model.state_dict())
+        switched = nullcontext()
+        del other
+    report = None if progress is None else lambda done, total: progress("sweep", done, total)
+    with switched:
+        return sweep(loaded.model, file.rollouts, direction, etas, config, tokenizer=loaded.tokenizer, progress=report)
+
+
+def calibrate_checkpoint(
+    model: str | Path,
+    file: RolloutFile,
+    config: Config | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: DType = "auto",
+    progress: StageProgress | None = None,
+) -> list[PrecisionNoise]:
+    """Measure the rounding noise of a model folder on a rollouts file, in float32 and as loaded.
+
+    Args and Raises: as `score_checkpoint`.
+    """
+    config = at_sampled_temperature(config or Config(), file)
+    loaded = load_model(model, device=device, dtype=dtype)
+    file.check_vocabulary(loaded.vocab_size)
+    report = None if progress is None else lambda done, total: progress("calibrate", done, total)
+    return calibrate(loaded.model, file.rollouts, config, tokenizer=loaded.tokenizer, progress=report)
 
 
 def at_sampled_temperature(config: Config, file: RolloutFile) -> Config:

@@ -1,4 +1,4 @@
-"""The command line: `entropy-fast demo | sample | score | compare`.
+"""The command line: `entropy-fast demo | sample | score | compare | sweep | calibrate`.
 
 Each command reads its arguments, calls one function of the package and prints what came out: results on stdout,
 progress and messages on stderr. What needs torch is imported when a command runs, so that `--help` is immediate.
@@ -288,10 +288,11 @@ def compare(
 
     from entropy_fast.checkpoints import compare_checkpoints
     from entropy_fast.jsonl import read_rollouts
-    from entropy_fast.report import Report
+    from entropy_fast.report import Report, check_folder
     from entropy_fast.report.table import render
 
     settings = _configuration(config, assignments)
+    check_folder(output)
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
@@ -309,6 +310,97 @@ def compare(
     say("written: " + ", ".join(map(str, written)), style="dim")
     if len(written) == 1:
         say("for report.png: pip install entropy_fast[plot]", style="dim")
+
+
+@app.command(
+    epilog="[dim]Example:[/dim]  entropy-fast sweep demo-report/original demo-report/updated-rl "
+    "demo-report/rollouts.jsonl --eta 0.25 --eta 0.5 --eta 1 --eta 2 -o sweep"
+)
+def sweep(
+    original: Annotated[Path, typer.Argument(help="The policy that the rollouts were drawn from: η = 0.")],
+    updated: Annotated[Path, typer.Argument(help="The same model after the update, or a LoRA adapter: η = 1.")],
+    rollouts: RolloutsArgument,
+    eta: Annotated[
+        list[float] | None,
+        typer.Option("--eta", help="A step, in units of the update; repeatable.", rich_help_panel=_WHAT),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for sweep.json and sweep.png.")] = Path(
+        "sweep"
+    ),
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = "auto",
+) -> None:
+    """Measure ΔH along the line from ORIGINAL to UPDATED: how it answers to the size of the step.
+
+    Scores ORIGINAL once and θ + η (updated − original) for every η, fits a line and a parabola, and compares with the
+    first-order prediction δH₁. Without --eta: 0.1, 0.3, 1, 2.
+    """
+    from rich.console import Console
+
+    from entropy_fast.checkpoints import sweep_checkpoints
+    from entropy_fast.jsonl import read_rollouts
+    from entropy_fast.report.sweep import SweepReport, render
+
+    settings = _configuration(config, assignments)
+    file = read_rollouts(rollouts)
+    _quiet_transformers()
+    with stage_bars() as bars:
+        found = sweep_checkpoints(
+            original,
+            updated,
+            file,
+            eta or [0.1, 0.3, 1.0, 2.0],
+            settings,
+            device=device,
+            dtype=_dtype(dtype),
+            progress=bars,
+        )
+    report = SweepReport(
+        found,
+        f"{original.name} + η ({updated.name} − {original.name})",
+        {"original": str(original), "updated": str(updated), "rollouts": file.source, "config": settings.to_dict()},
+    )
+    written = report.write(output)
+    Console().print(render(report))
+    say("written: " + ", ".join(map(str, written)), style="dim")
+
+
+@app.command(epilog="[dim]Example:[/dim]  entropy-fast calibrate demo-report/original demo-report/rollouts.jsonl")
+def calibrate(
+    model: ModelArgument,
+    rollouts: RolloutsArgument,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.", rich_help_panel=_WHAT)
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = "auto",
+) -> None:
+    """Measure the noise floor: what ΔH reads when nothing changed but the rounding.
+
+    Scores MODEL twice in one batch layout, which must agree bit for bit, and once in another, in float32 and in the
+    precision it was loaded in.
+    """
+    import json
+
+    from rich.console import Console
+
+    from entropy_fast.checkpoints import calibrate_checkpoint
+    from entropy_fast.jsonl import read_rollouts
+    from entropy_fast.report.calibration import render
+
+    settings = _configuration(config, assignments)
+    file = read_rollouts(rollouts)
+    _quiet_transformers()
+    with stage_bars() as bars:
+        found = calibrate_checkpoint(model, file, settings, device=device, dtype=_dtype(dtype), progress=bars)
+    if json_:
+        typer.echo(json.dumps([noise.to_dict() for noise in found], indent=2))
+    else:
+        Console().print(render(found))
 
 
 def main() -> None:

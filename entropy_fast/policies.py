@@ -91,6 +91,31 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def adapter_direction(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """What a LoRA adapter adds to each weight of its base model, as a direction v from the base policy.
+
+    Args:
+        model: wrapped by peft, its adapter active. Run it inside `adapter_off` to move the base along v.
+
+    Raises:
+        InputError: no adapter, or one that does more than add matrices to weights.
+    """
+    direction: dict[nn.Parameter, Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and len(module.modules_to_save):
+            raise InputError(f"the adapter replaces {name} as a whole; compare it instead of moving along it")
+        delta = getattr(module, "get_delta_weight", None)
+        base = getattr(module, "base_layer", None)
+        if delta is None or not isinstance(base, nn.Module):
+            continue
+        weight = base.weight
+        total = sum(delta(adapter).detach().float() for adapter in module.active_adapters)
+        direction[weight] = total  # type: ignore[index]
+    if not direction:
+        raise InputError(f"{type(model).__name__} has no LoRA matrices to move along; give a LoRA adapter")
+    return direction
+
+
 def state_difference(model: nn.Module, state: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
     """v = state − θ for every parameter named in `state`, in float32 or wider, to go along with `moved`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -53,9 +53,7 @@ class Report:
         Returns:
             The files that were written.
         """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; give a folder for the report")
+        folder = check_folder(folder)
         written = [folder / "report.json"]
         with atomic_text(written[0]) as stream:
             json.dump(self.to_dict(), stream, indent=2, ensure_ascii=False, allow_nan=False)
@@ -70,4 +68,12 @@ class Report:
         return written
 
 
-__all__ = ["LengthBias", "Report", "length_bias"]
+def check_folder(folder: str | Path) -> Path:
+    """Return `folder` when a report can go there, else raise InputError: checked before the work, too."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder for the report")
+    return folder
+
+
+__all__ = ["LengthBias", "Report", "check_folder", "length_bias"]

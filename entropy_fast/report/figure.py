@@ -21,7 +21,7 @@ ORIGINAL, UPDATED, INK, FAINT, BAND = "#3b6fb6", "#e07b39", "#333333", "#8a8a8a"
 _MAX_POINTS = 4000  # in the scatter; more make a blot
 _MAX_BINS = 60  # along the sequence
 _MIN_RUNNING = 8  # sequences that a mean by position needs
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -47,7 +47,7 @@ def draw(report: Report, path: str | Path) -> None:
         report: what to draw.
         path: the file, written in place; give a temporary one for whole-or-nothing.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.05, hspace=0.05)
         figure = Figure(figsize=(11, 8.5), dpi=160, layout=layout)
         FigureCanvasAgg(figure)  # no pyplot: no global state, no display
@@ -95,7 +95,7 @@ def _draw_change(report: Report, figure: Figure, cell: Any) -> None:
             headline = (
                 f"{_signed(e.value, '.3g')} ± {e.se:.2g} nats per {'token' if e.unit == 'per_token' else 'sequence'}"
             )
-            _title(axes, "Entropy change ΔH", f"{headline}; bars are {e.confidence:.0%} intervals")
+            title(axes, "Entropy change ΔH", f"{headline}; bars are {e.confidence:.0%} intervals")
 
 
 def _draw_weights(report: Report, axes: Any) -> None:
@@ -116,7 +116,7 @@ def _draw_weights(report: Report, axes: Any) -> None:
         f"k̂ {d.khat:.2f} (good below {d.khat_threshold:.2f})",
         f"mean {d.mean_weight:.3f} (z = {_signed(d.mean_weight_z, '.1f')})",
     )
-    _title(axes, "Importance weights", ", ".join(facts))
+    title(axes, "Importance weights", ", ".join(facts))
 
 
 def _draw_positions(report: Report, axes: Any) -> None:
@@ -161,7 +161,7 @@ def _draw_positions(report: Report, axes: Any) -> None:
     axes.set_xlabel("position in the completion, tokens")
     axes.set_ylabel(f"{what}, nats per token")
     axes.legend(loc="upper right", ncols=2)
-    _title(axes, "Entropy by position", "mean over the sequences still running (grey: their share)")
+    title(axes, "Entropy by position", "mean over the sequences still running (grey: their share)")
 
 
 def _draw_lengths(report: Report, axes: Any) -> None:
@@ -186,11 +186,12 @@ def _draw_lengths(report: Report, axes: Any) -> None:
     )
     axes.text(0.98, 0.03, "\n".join(parts), transform=axes.transAxes, ha="right", va="bottom", linespacing=1.4)
     shares = f"{length.sequence_r2:.0%} of the variance of −S and {length.per_token_r2:.0%} of that of −S/L"
-    _title(axes, "What is only length", f"L explains {shares}")
+    title(axes, "What is only length", f"L explains {shares}")
 
 
-def _title(axes: Any, title: str, subtitle: str) -> None:
-    axes.set_title(title, pad=22)
+def title(axes: Any, heading: str, subtitle: str) -> None:
+    """A bold heading with a pale line under it."""
+    axes.set_title(heading, pad=22)
     note = axes.annotate(subtitle, (0, 1), (0, 7), "axes fraction", "offset points", color=FAINT, fontsize=9.5)
     note.set_in_layout(False)  # a long one may run over the margin rather than squeeze the panels
 
