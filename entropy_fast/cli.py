@@ -354,7 +354,7 @@ def sweep(
             eta or [0.1, 0.3, 1.0, 2.0],
             settings,
             device=device,
-            dtype=_dtype(dtype),
+            dtype=dtype,
             progress=bars,
         )
     report = SweepReport(
@@ -396,7 +396,7 @@ def calibrate(
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
-        found = calibrate_checkpoint(model, file, settings, device=device, dtype=_dtype(dtype), progress=bars)
+        found = calibrate_checkpoint(model, file, settings, device=device, dtype=dtype, progress=bars)
     if json_:
         typer.echo(json.dumps([noise.to_dict() for noise in found], indent=2))
     else:

@@ -29,7 +29,7 @@ def render(noises: Sequence[PrecisionNoise]) -> RenderableType:
             "exactly" if noise.repeatable else "NO",
         )
     explanation = (
-        "floor: a smaller |ΔH| says nothing. noise of S: what another batch layout does to a sequence's log-prob (rms). "
-        "ESS: what that alone leaves of the weights. All in nats."
+        "floor: a smaller |ΔH| says nothing. noise of S: what another batch layout does to a sequence's log-prob, "
+        "root mean square. ESS: what that alone leaves of the weights. All in nats."
     )
     return Group(table, Text(), Text(explanation, style="dim"))
