@@ -330,7 +330,7 @@ def sweep(
     config: ConfigOption = None,
     assignments: SetOption = None,
     device: DeviceOption = None,
-    dtype: DTypeOption = "auto",
+    dtype: DTypeOption = Precision.auto,
 ) -> None:
     """Measure ΔH along the line from ORIGINAL to UPDATED: how it answers to the size of the step.
 
@@ -354,7 +354,7 @@ def sweep(
             eta or [0.1, 0.3, 1.0, 2.0],
             settings,
             device=device,
-            dtype=dtype,
+            dtype=dtype.value,
             progress=bars,
         )
     report = SweepReport(
@@ -377,7 +377,7 @@ def calibrate(
     config: ConfigOption = None,
     assignments: SetOption = None,
     device: DeviceOption = None,
-    dtype: DTypeOption = "auto",
+    dtype: DTypeOption = Precision.auto,
 ) -> None:
     """Measure the noise floor: what ΔH reads when nothing changed but the rounding.
 
@@ -396,7 +396,7 @@ def calibrate(
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
-        found = calibrate_checkpoint(model, file, settings, device=device, dtype=dtype, progress=bars)
+        found = calibrate_checkpoint(model, file, settings, device=device, dtype=dtype.value, progress=bars)
     if json_:
         typer.echo(json.dumps([noise.to_dict() for noise in found], indent=2))
     else:
