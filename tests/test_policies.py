@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny
 
 from entropy_fast.errors import InputError
-from entropy_fast.policies import adapter_off, moved, state_difference, with_state
+from entropy_fast.policies import adapter_direction, adapter_off, moved, state_difference, with_state
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -97,3 +97,20 @@ def test_a_state_dict_of_another_model_is_refused():
         with_state(model, {"lm_head.weight": torch.ones(2, 2)}),
     ):
         pass
+
+
+def test_a_lora_adapter_is_a_direction_from_its_base():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama", dtype=torch.float64), config).double().eval()
+    adapted = logits(model)
+    v = adapter_direction(model)
+    assert len(v) == 4  # two modules in each of two layers
+    with adapter_off(model), moved(v, 1.0):
+        # the adapter's matrices pass through float32 on their way into v
+        torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="no LoRA matrices"):
+        adapter_direction(tiny("llama"))
+    whole = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(InputError, match="replaces .*lm_head as a whole"):
+        adapter_direction(peft.get_peft_model(tiny("llama"), whole))

@@ -42,7 +42,13 @@ def _draw_unit(report: SweepReport, axes: Any, unit: str, noun: str) -> None:
     grid = torch.linspace(low - margin, high + margin, 200)
     if fit.linear_range < max(abs(low), abs(high)):
         axes.axvspan(
-            -fit.linear_range, fit.linear_range, color=BAND, zorder=0, label=f"linear within {fit.tolerance:.0%}"
+            -fit.linear_range,
+            fit.linear_range,
+            facecolor=BAND,
+            edgecolor=FAINT,
+            lw=0.6,
+            zorder=0,
+            label=f"linear within {fit.tolerance:.0%}",
         )
     axes.axhline(0, color=INK, lw=1)
     axes.plot(grid.numpy(), [fit.predict(float(x)) for x in grid], color=ORIGINAL, lw=1.8, label="quadratic fit")
