@@ -102,7 +102,7 @@ def adapter_direction(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """
     direction: dict[nn.Parameter, Tensor] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "modules_to_save") and len(module.modules_to_save):
+        if getattr(module, "modules_to_save", None) and name:  # the wrapper at the root only lists them
             raise InputError(f"the adapter replaces {name} as a whole; compare it instead of moving along it")
         delta = getattr(module, "get_delta_weight", None)
         base = getattr(module, "base_layer", None)
