@@ -23,7 +23,7 @@ from entropy_fast.change import measure_change, measure_noise_floor
 from entropy_fast.checkpoints import StageProgress
 from entropy_fast.config import Config
 from entropy_fast.jsonl import Rollout, to_rollouts, write_lines, write_rollouts
-from entropy_fast.loading import default_device, save_checkpoint
+from entropy_fast.loading import find_device, save_checkpoint
 from entropy_fast.report import Report
 from entropy_fast.sampling import sample_rollouts
 from entropy_fast.scoring import Scoring, score
@@ -183,7 +183,7 @@ def run(
     say = progress or (lambda stage, done, total: None)
     with _one_thread():
         tokenizer = make_tokenizer()
-        model = make_model(seed).to(device or default_device())
+        model = make_model(seed).to(find_device(device))
         train(model, tokenizer, steps=training_steps, seed=seed, progress=lambda done, total: say("train", done, total))
         save_checkpoint(output / "original", model, tokenizer)
         heads = list(dict(glossary()))

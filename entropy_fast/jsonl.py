@@ -33,7 +33,7 @@ class Rollout:
         completion_ids: the sampled ids, the EOS included where one was sampled; may be empty.
         prompt_index: an integer or a string that the completions of one prompt share; None: equal prompts are one.
         finish_reason: `stop` (an EOS was sampled) or `length` (cut at the limit), or whatever the engine said.
-        sampler_logprobs: what the sampling engine reported for each sampled token, in nats; None where unknown.
+        sampler_logprobs: what the sampling engine reported for each sampled token, in nats.
         advantage: used by the `rl` update.
         max_tokens: the generation limit, in tokens.
         temperature: the temperature of the sampling.
@@ -118,7 +118,7 @@ def read_rollouts(path: str | Path) -> RolloutFile:
         raise InputError(f"{source} holds no rollouts; it needs at least one line like {_EXAMPLE}")
     records = [_rollout(entry, f"{source}:{number}") for number, entry in lines]
     numbers = [number for number, _ in lines]
-    for key in ("advantage", "max_tokens", "prompt_index", "temperature"):
+    for key in ("advantage", "max_tokens", "prompt_index", "sampler_logprobs", "temperature"):
         _all_or_none(records, numbers, key, source)
     temperatures = {record.temperature for record in records}
     if len(temperatures) > 1:
@@ -164,7 +164,7 @@ def to_rollouts(records: list[Rollout]) -> Rollouts:
         [names.setdefault(record.prompt_index, len(names)) for record in records] if indexed else None,  # type: ignore[arg-type]
         advantages=_column(records, "advantage"),
         max_lengths=_column(records, "max_tokens"),
-        sampler_logprobs=[record.sampler_logprobs for record in records],
+        sampler_logprobs=_column(records, "sampler_logprobs"),
     )
 
 
@@ -194,10 +194,7 @@ def _rollout(entry: dict[str, Any], where: str) -> Rollout:
 
 
 def _entry(record: Rollout) -> dict[str, Any]:
-    entry = {key: value for key, value in asdict(record).items() if value is not None}
-    if record.sampler_logprobs is not None:  # JSON has no NaN
-        entry["sampler_logprobs"] = [None if math.isnan(value) else value for value in record.sampler_logprobs]
-    return entry
+    return {key: value for key, value in asdict(record).items() if value is not None}
 
 
 def _prompt(entry: dict[str, Any], where: str) -> Prompt:
@@ -251,7 +248,7 @@ def _number(value: Any, name: str) -> float:
 def _numbers(value: Any, name: str) -> list[float]:
     if not isinstance(value, list):
         raise InputError(f"{name} must be a list of numbers, got {_shown(value)}")
-    return [math.nan if item is None else _number(item, name) for item in value]
+    return [_number(item, name) for item in value]
 
 
 def _positive_int(value: Any, name: str) -> int:

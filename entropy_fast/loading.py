@@ -41,9 +41,21 @@ class LoadedModel:
         return self.model.get_input_embeddings().weight.shape[0]
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: torch.device | str | None = None) -> torch.device:
+    """The named device, or by default the GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: no device has that name, or this machine lacks it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be cpu, cuda, cuda:1 or the like, got {str(name)!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} is not here: torch sees {torch.cuda.device_count()} CUDA GPUs")
+    return device
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -96,6 +108,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, dt
         if not base or not is_checkpoint(base):
             raise InputError(f"{folder} is an adapter on {base!r}, which is no folder here; load the base, then it")
         return with_adapter(load_model(base, device=device, dtype=dtype), folder)
+    where = find_device(device)
     transformers = _transformers()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -108,7 +121,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, dt
             f"{folder} lacks {len(missing)} of the model's weights ({missing[0]}, say), which would be random; "
             "is the checkpoint whole, and of a causal language model?"
         )
-    return LoadedModel(folder, model.eval().to(device or default_device()), load_tokenizer(folder))
+    return LoadedModel(folder, model.eval().to(where), load_tokenizer(folder))
 
 
 def with_adapter(base: LoadedModel, path: str | Path) -> LoadedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -78,12 +77,6 @@ def test_equal_prompts_are_one_prompt_by_default(tmp_path):
     assert rollouts.prompt_index.tolist() == [0, 1, 0, 2, 1]
 
 
-def test_unknown_logprobs_are_null_in_the_file_and_nan_in_memory(tmp_path):
-    write_rollouts(tmp_path / "r.jsonl", [Rollout([1], [2, 3], sampler_logprobs=[-0.5, math.nan])])
-    assert json.loads((tmp_path / "r.jsonl").read_text())["sampler_logprobs"] == [-0.5, None]
-    assert read_rollouts(tmp_path / "r.jsonl").rollouts.sampler_logprobs[0, 1:].isnan().tolist() == [False, True]
-
-
 def test_stdin_and_stdout(monkeypatch, capsys):
     write_rollouts("-", [Rollout([1], [2])])
     out = capsys.readouterr().out
@@ -108,6 +101,8 @@ def test_stdin_and_stdout(monkeypatch, capsys):
         ([{**GOOD, "completion_ids": [3, -100]}], "negative id, -100"),
         ([{**GOOD, "sampler_logprobs": [-1.0]}], "1 values for 2 completion_ids"),
         ([{**GOOD, "sampler_logprobs": [-1.0, "x"]}], 'finite number, got "x"'),
+        ([{**GOOD, "sampler_logprobs": [-1.0, None]}], "finite number, got null"),
+        ([{**GOOD, "sampler_logprobs": [-1.0, -2.0]}, GOOD], r"r\.jsonl:2: sampler_logprobs is missing"),
         (['{"prompt_ids": [1], "completion_ids": [2], "advantage": NaN}'], "advantage must be a finite number"),
         ([{**GOOD, "advantage": 1.0}, GOOD], r"r\.jsonl:2: advantage is missing, though other lines have it"),
         ([GOOD, {**GOOD, "prompt_index": 3}], r"r\.jsonl:1: prompt_index is missing"),
