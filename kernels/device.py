@@ -75,13 +75,19 @@ def merge(m, s, r, e, m2, s2, r2, e2, alpha):
 
 
 @triton.jit
+def add3(a, b, c, a2, b2, c2):
+    return a + a2, b + b2, c + c2
+
+
+@triton.jit
 def merge_lanes(m, s, r, e, alpha):
     """The union of the sets that a vector of lanes holds, as scalars."""
     top = tl.max(m, 0)
     move = tl.maximum(m - top, LOWEST)
     c = tl.exp2(move * alpha)
     kept = tl.where(m < top, s * c, r)
-    return top, tl.sum(s * c, 0), tl.sum(kept, 0), tl.sum(c * tl.fma(move, s, e), 0)
+    s, r, e = tl.reduce((s * c, kept, c * tl.fma(move, s, e)), 0, add3)
+    return top, s, r, e
 
 
 @triton.jit

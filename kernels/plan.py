@@ -162,7 +162,7 @@ def finish_sequence(
     skipped = -1
     if not INCLUDE_EOS:
         skipped = tl.load(eos_column_ptr + sequence).to(tl.int32)
-    base = sequence * columns
+    base = sequence.to(tl.int64) * columns
     logprobs = tl.zeros([BLOCK], tl.float64)
     entropies = tl.zeros([BLOCK], tl.float64)
     emitted = tl.zeros([BLOCK], tl.float64)

@@ -33,8 +33,15 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
+def empty_sets(LANES: tl.constexpr, ACC: tl.constexpr):
+    """A vector of sets without elements."""
+    zeros = tl.zeros([LANES], ACC)
+    return tl.full([LANES], FLOOR, ACC), zeros, zeros, zeros
+
+
+@triton.jit
 def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: tl.constexpr):
-    """w of the columns `start + cols`; `inside` masks the bias's load (None: all are inside)."""
+    """w of the columns `start + cols`; `inside` masks the bias's load."""
     if bias_ptr is not None:
         x += tl.load(bias_ptr + start + cols, mask=inside, other=None if inside is None else 0.0).to(x.dtype)
     if SOFTCAP:
@@ -66,8 +73,8 @@ def row_stats_kernel(
     stride_inner,
     split_below,
     sequences,
-    factor: "fp64",
-    squeeze: "fp64",
+    factor: tl.float64,
+    squeeze: tl.float64,
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -101,78 +108,80 @@ def row_stats_kernel(
     for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
         index = unit // parts
         part = unit % parts
+        row = index
         if active_ptr is not None:
-            row = tl.load(active_ptr + index).to(tl.int64)
-        else:
-            row = index.to(tl.int64)
-        # the token in a column is scored by the logits of the column before it
-        column = row % inner - 1 if SEQUENCES else row % inner
-        row_ptr = logits_ptr + (row // inner) * stride_outer + column * stride_inner
+            row = tl.load(active_ptr + index)
         target = tl.load(targets_ptr + row)
+        outer = row // inner
+        # the token in a column is scored by the logits of the column before it
+        column = row - outer * inner - SEQUENCES
+        row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
+
+        # sums of the segment at hand and, where there are several, of those that are finished
+        m, s, r, e = empty_sets(LANES, ACC)
+        m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
+        first = part * per_segment
+        last = tl.where(parts == 1, whole_blocks, min(first + per_segment, whole_blocks))
+        left = per_segment
+        for block in tl.range(first, last, num_stages=STAGES):
+            start = block * BLOCK
+            w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
+            w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
+            m, s, r, e = absorb(w, m, s, r, e, alpha)
+            if SEGMENTS > 1:
+                left -= 1
+                if left == 0:
+                    left = per_segment
+                    m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+                    m, s, r, e = empty_sets(LANES, ACC)
+        holds_tail = (parts == 1) | ((first <= whole_blocks) & (whole_blocks < first + per_segment))
+        if holds_tail & (whole_blocks * BLOCK < vocab):
+            start = whole_blocks * BLOCK
+            inside = block_cols < vocab - start
+            w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+            w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
+            m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
+        m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+
         known = (target >= 0) & (target < vocab)
         w_target = tl.load(row_ptr + target, mask=known, other=0.0).to(ACC)
         w_target = after_bias_and_softcap(w_target, bias_ptr, 0, target, known, squeeze, SOFTCAP)
-
-        m_row = tl.full([], FLOOR, ACC)
-        s_row = tl.full([], 0.0, ACC)
-        r_row = tl.full([], 0.0, ACC)
-        e_row = tl.full([], 0.0, ACC)
-        for segment in range(part, tl.where(parts == 1, SEGMENTS, part + 1)):
-            m = tl.full([LANES], FLOOR, ACC)
-            s = tl.zeros([LANES], ACC)
-            r = tl.zeros([LANES], ACC)
-            e = tl.zeros([LANES], ACC)
-            first = segment * per_segment
-            for block in tl.range(first, min(first + per_segment, whole_blocks), num_stages=STAGES):
-                start = block * BLOCK
-                w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
-                w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
-                m, s, r, e = absorb(w, m, s, r, e, alpha)
-            if (whole_blocks // per_segment == segment) & (whole_blocks * BLOCK < vocab):
-                start = whole_blocks * BLOCK
-                inside = block_cols < vocab - start
-                w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
-                w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
-                m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
-            m, s, r, e = merge_lanes(m, s, r, e, alpha)
-            m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
-
         complete = parts == 1
-        if parts > 1:
-            partial_ptr = partials_ptr + index * (4 * SEGMENTS)
-            tl.store(partial_ptr + part, m_row)
-            tl.store(partial_ptr + SEGMENTS + part, s_row)
-            tl.store(partial_ptr + 2 * SEGMENTS + part, r_row)
-            tl.store(partial_ptr + 3 * SEGMENTS + part, e_row)
-            tl.debug_barrier()
-            complete = tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") == parts - 1
-            if complete:
-                m_row = tl.full([], FLOOR, ACC)
-                s_row = tl.full([], 0.0, ACC)
-                r_row = tl.full([], 0.0, ACC)
-                e_row = tl.full([], 0.0, ACC)
-                for segment in range(0, SEGMENTS):
-                    # other multiprocessors wrote these: read them past this one's own cache
-                    m = tl.load(partial_ptr + segment, cache_modifier=".cg")
-                    s = tl.load(partial_ptr + SEGMENTS + segment, cache_modifier=".cg")
-                    r = tl.load(partial_ptr + 2 * SEGMENTS + segment, cache_modifier=".cg")
-                    e = tl.load(partial_ptr + 3 * SEGMENTS + segment, cache_modifier=".cg")
-                    m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+        if SEGMENTS > 1:
+            if parts > 1:
+                partial_ptr = partials_ptr + index * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
+                own_ptr = partial_ptr + part * (4 * LANES)
+                tl.store(own_ptr, m_row)
+                tl.store(own_ptr + LANES, s_row)
+                tl.store(own_ptr + 2 * LANES, r_row)
+                tl.store(own_ptr + 3 * LANES, e_row)
+                tl.debug_barrier()
+                complete = tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") == parts - 1
+                if complete:
+                    m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
+                    for segment in range(SEGMENTS):
+                        # other multiprocessors wrote these: read them past this one's own cache
+                        own_ptr = partial_ptr + segment * (4 * LANES)
+                        m = tl.load(own_ptr, cache_modifier=".cg")
+                        s = tl.load(own_ptr + LANES, cache_modifier=".cg")
+                        r = tl.load(own_ptr + 2 * LANES, cache_modifier=".cg")
+                        e = tl.load(own_ptr + 3 * LANES, cache_modifier=".cg")
+                        m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
         if complete:
+            peak, s_all, r_all, e_all = merge_lanes(m_row, s_row, r_row, e_row, alpha)
             # no finite logit: s is 0; NaN or +inf among them: s is NaN; a target that is no token: NaN as well
-            s_row = tl.where((s_row > 0) & known, s_row, float("nan"))
-            log_sum = log_of_sum(s_row, r_row)
-            tl.store(logprob_ptr + row, k * (w_target - m_row) - log_sum)
-            tl.store(entropy_ptr + row, log_sum - k * e_row / s_row)
-            tl.store(peak_ptr + row, m_row)
+            s_all = tl.where((s_all > 0) & known, s_all, float("nan"))
+            log_sum = log_of_sum(s_all, r_all)
+            tl.store(logprob_ptr + row, k * (w_target - peak) - log_sum)
+            tl.store(entropy_ptr + row, log_sum - k * e_all / s_all)
+            tl.store(peak_ptr + row, peak)
             tl.store(log_sum_ptr + row, log_sum)
             if SEQUENCES:
-                sequence = row // inner
                 tl.debug_barrier()
-                done = tl.atomic_add(sequence_arrivals_ptr + sequence, 1, sem="acq_rel") + 1
-                if done == tl.load(pending_ptr + sequence):
+                done = tl.atomic_add(sequence_arrivals_ptr + outer, 1, sem="acq_rel") + 1
+                if done == tl.load(pending_ptr + outer):
                     finish_sequence(
-                        sequence,
+                        outer,
                         sequences,
                         inner,
                         eos_column_ptr,
@@ -268,10 +277,12 @@ def _launch(
     segments = settings.segments
     split_below = resident if segments > 1 else 0
     partials = arrivals = None
-    if split_below and (active is not None or rows < split_below):
+    if segments > 1:
+        # the kernel is the same, and so are its arguments' types, whether rows are split or not
         most = min(rows, split_below)
-        partials = torch.empty(most, 4, segments, dtype=dtype, device=device)
-        arrivals = torch.zeros(most, dtype=torch.int32, device=device)
+        new = torch.zeros if active is not None or rows < split_below else torch.empty
+        partials = torch.empty(most, segments, 4, settings.lanes, dtype=dtype, device=device)
+        arrivals = new(most, dtype=torch.int32, device=device)
     # without a list the hardware hands out rows; with one, resident programs walk a list of unknown length
     programs = rows * (segments if rows < split_below else 1)
     if active is not None:

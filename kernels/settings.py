@@ -39,10 +39,13 @@ class BackwardSettings(NamedTuple):
 
 
 def vector_width(logits: torch.Tensor) -> int:
-    """Elements of a 16-byte load where every row of `logits` starts on 16 bytes, else 1."""
+    """The most elements that one load can take, up to 16 bytes, given where the rows of `logits` start."""
     width = 16 // logits.element_size()
-    aligned = logits.data_ptr() % 16 == 0 and all(stride % width == 0 for stride in logits.stride()[:-1])
-    return width if aligned else 1
+    while width > 1 and (
+        logits.data_ptr() % (width * logits.element_size()) or any(n % width for n in logits.stride()[:-1])
+    ):
+        width //= 2
+    return width
 
 
 @cache

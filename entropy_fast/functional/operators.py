@@ -1,22 +1,29 @@
-"""The operators behind `token_stats`: one schema, an implementation by device, and shapes for the compiler.
+"""The operators behind `token_stats` and `sequence_stats`: schemas, implementations by device, shapes to compile.
 
-`entropy_fast::row_stats` takes logits (..., vocab) and gives (logprob, entropy, peak, log_sum), each (...); the last
-two are what the backward needs (see `reference.rows.RowStats`). `row_stats_backward` returns the gradient of the
-logits, `row_stats_backward_` writes it over them; both also return the gradient of the bias, empty unless asked for.
+`row_stats` takes logits (..., vocab) and gives (logprob, entropy, peak, log_sum), each (...); the last two are what the
+backward needs (see `reference.rows.RowStats`). `row_stats_backward` returns the gradient of the logits,
+`row_stats_backward_` writes it over them; both also return the gradient of the bias, empty unless asked for.
+`sequence_stats` takes whole sequences and adds (lengths, eos_column, runs_past_eos, sums); see `SequenceStats`.
+
+The temperature travels as a float64 tensor without dimensions on the CPU: the compiler would specialise on a number
+and compile again for each one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
-from entropy_fast.functional.validation import check_target_range
+from entropy_fast.functional.validation import check_prompt_lens, check_target_range
 from entropy_fast.reference import rows as reference
+from entropy_fast.reference.masks import Counting, generated_columns, token_masks
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
-_INPUTS = "Tensor targets, Tensor? mask, Tensor? bias, float temperature, float scale, float? softcap"
+_TRANSFORM = "Tensor? bias, Tensor temperature, float scale, float? softcap"
+_INPUTS = f"Tensor targets, Tensor? mask, {_TRANSFORM}"
 _SAVED = "Tensor logprob, Tensor entropy, Tensor peak, Tensor log_sum"
 _GRADS = "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, bool needs_bias"
 
@@ -24,6 +31,18 @@ LIBRARY = torch.library.Library("entropy_fast", "FRAGMENT")
 LIBRARY.define(f"row_stats(Tensor logits, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"row_stats_backward(Tensor logits, {_INPUTS}, {_SAVED}, {_GRADS}) -> (Tensor, Tensor)")
 LIBRARY.define(f"row_stats_backward_(Tensor(a!) logits, {_INPUTS}, {_SAVED}, {_GRADS}) -> Tensor")
+LIBRARY.define(
+    "sequence_stats(Tensor logits, Tensor tokens, Tensor attention_mask, Tensor prompt_lens, int[] eos_token_ids, "
+    f"bool include_eos, bool stop_at_eos, {_TRANSFORM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _transform(temperature: torch.Tensor, scale: float, softcap: float | None) -> Transform:
+    return Transform(temperature.item(), scale, softcap)
+
+
+# Plain torch
 
 
 def _matrices(*tensors: torch.Tensor, start: int = 0) -> Iterator[tuple[slice, list[torch.Tensor]]]:
@@ -39,7 +58,7 @@ def _matrices(*tensors: torch.Tensor, start: int = 0) -> Iterator[tuple[slice, l
 
 def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap):
     check_target_range(targets, mask, logits.shape[-1])
-    transform = Transform(temperature, scale, softcap)
+    transform = _transform(temperature, scale, softcap)
     y = targets.reshape(-1)
     active = None if mask is None else mask.reshape(-1)
     out = [
@@ -50,74 +69,168 @@ def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap):
     return tuple(t.view(targets.shape) for t in joined)
 
 
-def _backward_torch(
-    out,
-    logits,
-    targets,
-    mask,
-    bias,
-    temperature,
-    scale,
-    softcap,
-    logprob,
-    entropy,
-    peak,
-    log_sum,
-    grad_logprob,
-    grad_entropy,
-    grad_lse,
-    needs_bias,
-):
-    transform = Transform(temperature, scale, softcap)
+def _write_gradient_torch(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
+    """Fill `out` with the gradient of the logits; returns that of the bias."""
+    *stats_and_gradients, needs_bias = rest
+    transform = _transform(temperature, scale, softcap)
     d_bias = None
     if needs_bias:
         d_bias = torch.zeros(bias.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
     for at, (matrix, written) in _matrices(logits, out):
-
-        def part(t, at=at):
-            return None if t is None else t.reshape(-1)[at]
-
-        reference.row_stats_backward(
-            matrix,
-            part(targets),
-            part(mask),
-            bias,
-            transform,
-            RowStats(part(logprob), part(entropy), part(peak), part(log_sum)),
-            RowGradients(part(grad_logprob), part(grad_entropy), part(grad_lse)),
-            written,
-            d_bias,
-        )
+        y, active, *values = (None if t is None else t.reshape(-1)[at] for t in (targets, mask, *stats_and_gradients))
+        stats, gradients = RowStats(*values[:4]), RowGradients(*values[4:])
+        reference.row_stats_backward(matrix, y, active, bias, transform, stats, gradients, written, d_bias)
     return logits.new_empty(0) if d_bias is None else d_bias.to(bias.dtype)
 
 
-def _row_stats_backward_torch(logits, *args):
-    out = torch.empty_like(logits)
-    return out, _backward_torch(out, logits, *args)
+def _row_stats_backward_torch(logits, *rest):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return out, _write_gradient_torch(out, logits, *rest)
 
 
-def _row_stats_backward_in_place_torch(logits, *args):
-    return _backward_torch(logits, logits, *args)
+def _row_stats_backward_in_place_torch(logits, *rest):
+    return _write_gradient_torch(logits, logits, *rest)
 
 
-for _device in ("CPU", "CUDA", "XPU"):
-    LIBRARY.impl("row_stats", _row_stats_torch, _device)
-    LIBRARY.impl("row_stats_backward", _row_stats_backward_torch, _device)
-    LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_torch, _device)
+def _sequence_stats_torch(
+    logits, tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, bias, *transform
+):
+    check_prompt_lens(prompt_lens, tokens.shape[1])
+    masks = token_masks(
+        tokens,
+        generated_columns(attention_mask != 0, prompt_lens),
+        Counting(tuple(eos_token_ids), include_eos, stop_at_eos),
+    )
+    stats = _row_stats_torch(logits[:, :-1], tokens[:, 1:], masks.generated[:, 1:], bias, *transform)
+    stats = RowStats(*(torch.nn.functional.pad(t, (1, 0)) for t in stats))
+    sums = torch.stack(
+        [
+            torch.where(masks.counted, stats.logprob, 0.0).sum(1, dtype=torch.float64),
+            torch.where(masks.counted, stats.entropy, 0.0).sum(1, dtype=torch.float64),
+            stats.logprob.sum(1, dtype=torch.float64),
+        ]
+    )
+    return (*stats, masks.lengths, masks.eos_column, masks.runs_past_eos, sums)
 
 
-@torch.library.register_fake("entropy_fast::row_stats")
-def _row_stats_fake(logits, targets, *_):
+# Triton. The kernels are imported when a GPU first needs them.
+
+
+def _as_rows(logits: torch.Tensor) -> torch.Tensor:
+    """A view (outer, inner, vocab); a copy only for layouts that two row strides cannot describe."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.ndim <= 3:
+        return logits[(None,) * (3 - logits.ndim)]
+    return logits.reshape(-1, *logits.shape[-2:])
+
+
+def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap):
+    from entropy_fast.kernels.rows import row_stats
+
+    return row_stats(
+        _as_rows(logits),
+        targets.contiguous(),
+        None if mask is None else mask.contiguous(),
+        bias,
+        _transform(temperature, scale, softcap),
+    )
+
+
+def _write_gradient_triton(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
+    from entropy_fast.kernels.rows_backward import row_stats_backward
+
+    *values, needs_bias = (t.contiguous() if isinstance(t, torch.Tensor) else t for t in rest)
+    row_stats_backward(
+        _as_rows(logits),
+        targets.contiguous(),
+        None if mask is None else mask.contiguous(),
+        bias,
+        _transform(temperature, scale, softcap),
+        RowStats(*values[:4]),
+        RowGradients(*values[4:]),
+        _as_rows(out),
+    )
+    if not needs_bias:
+        return logits.new_empty(0)
+    return out.reshape(-1, out.shape[-1]).sum(0, dtype=arithmetic_dtype(out.dtype)).to(bias.dtype)
+
+
+def _row_stats_backward_triton(logits, *rest):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return out, _write_gradient_triton(out, logits, *rest)
+
+
+def _row_stats_backward_in_place_triton(logits, *rest):
+    return _write_gradient_triton(logits, logits, *rest)
+
+
+@cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def _sequence_stats_triton(
+    logits, tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, bias, *transform
+):
+    from entropy_fast.kernels.rows import sequence_stats
+
+    stats, sequences = sequence_stats(
+        _as_rows(logits),
+        tokens.contiguous(),
+        attention_mask.contiguous(),
+        prompt_lens.contiguous(),
+        _on_device(tuple(eos_token_ids), logits.device),
+        include_eos,
+        stop_at_eos,
+        bias,
+        _transform(*transform),
+    )
+    return (*stats, sequences.lengths, sequences.eos_column, sequences.runs_past_eos, sequences.sums)
+
+
+LIBRARY.impl("row_stats", _row_stats_torch, "CPU")
+LIBRARY.impl("row_stats_backward", _row_stats_backward_torch, "CPU")
+LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_torch, "CPU")
+LIBRARY.impl("sequence_stats", _sequence_stats_torch, "CPU")
+LIBRARY.impl("row_stats", _row_stats_triton, "CUDA")
+LIBRARY.impl("row_stats_backward", _row_stats_backward_triton, "CUDA")
+LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_triton, "CUDA")
+LIBRARY.impl("sequence_stats", _sequence_stats_triton, "CUDA")
+
+
+# Shapes for torch.compile
+
+
+def _fake_stats(logits, targets):
     dtype = arithmetic_dtype(logits.dtype)
     return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(4))
 
 
+@torch.library.register_fake("entropy_fast::row_stats")
+def _row_stats_fake(logits, targets, *_):
+    return _fake_stats(logits, targets)
+
+
 @torch.library.register_fake("entropy_fast::row_stats_backward")
-def _row_stats_backward_fake(logits, targets, mask, bias, *rest):
-    return torch.empty_like(logits), _row_stats_backward_in_place_fake(logits, targets, mask, bias, *rest)
+def _row_stats_backward_fake(logits, *rest):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return out, _row_stats_backward_in_place_fake(logits, *rest)
 
 
 @torch.library.register_fake("entropy_fast::row_stats_backward_")
 def _row_stats_backward_in_place_fake(logits, targets, mask, bias, *rest):
     needs_bias = rest[-1]
     return bias.new_empty(bias.shape) if needs_bias else logits.new_empty(0)
+
+
+@torch.library.register_fake("entropy_fast::sequence_stats")
+def _sequence_stats_fake(logits, tokens, *_):
+    n = tokens.shape[0]
+    return (
+        *_fake_stats(logits, tokens),
+        tokens.new_empty(n, dtype=torch.int32),
+        tokens.new_empty(n, dtype=torch.int64),
+        tokens.new_empty(n, dtype=torch.bool),
+        tokens.new_empty(3, n, dtype=torch.float64),
+    )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from entropy_fast.errors import InputError
 from entropy_fast.functional import validation as check
-from entropy_fast.functional.token import token_stats
+from entropy_fast.functional.token import as_tensor, check_in_place, check_logits, logits_gradient, saved_tensors
 from entropy_fast.functional.types import SequenceStats
-from entropy_fast.reference.masks import Counting, generated_columns, token_masks
+from entropy_fast.reference.masks import generated_columns
 
 
 def sequence_stats(
@@ -55,33 +56,72 @@ def sequence_stats(
     Raises:
         InputError: as in `token_stats`; on a CPU also a prompt_lens outside 1..T.
     """
-    _check(logits, tokens, attention_mask, prompt_lens)
-    counting = Counting(tuple(eos_token_ids), include_eos, stop_at_eos)
-    masks = token_masks(tokens, generated_columns(attention_mask != 0, prompt_lens), counting)
-    stats = token_stats(
-        logits[:, :-1],
-        tokens[:, 1:],
-        mask=masks.generated[:, 1:],
-        temperature=temperature,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        inplace_backward=inplace_backward,
-    )
-    logprob, entropy = (torch.nn.functional.pad(t, (1, 0)) for t in (stats.logprob, stats.entropy))
-    return SequenceStats(
-        S=torch.where(masks.counted, logprob, 0.0).sum(1, dtype=torch.float64),
-        R=torch.where(masks.counted, entropy, 0.0).sum(1, dtype=torch.float64),
-        L=masks.lengths,
-        emitted_logprob=logprob.sum(1, dtype=torch.float64),
-        eos_column=masks.eos_column,
-        runs_past_eos=masks.runs_past_eos,
-        logprob=logprob,
-        entropy=entropy,
-    )
+    check_logits(logits, bias, temperature, scale, softcap)
+    _check(logits, tokens, attention_mask, prompt_lens, bias)
+    inputs = (logits, tokens, attention_mask, prompt_lens, list(eos_token_ids), include_eos, stop_at_eos)
+    transform = (bias, as_tensor(temperature), scale, softcap)
+    if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
+        logprob, entropy, _, _, *rest, sums = torch.ops.entropy_fast.sequence_stats(*inputs, *transform)
+        return SequenceStats(*_by_name(sums.unbind(), rest), logprob, entropy)
+    if inplace_backward:
+        check_in_place(logits)
+    logprob, entropy, *rest_and_sums = _SequenceStats.apply(*inputs, *transform, inplace_backward)
+    return SequenceStats(*_by_name(rest_and_sums[3:], rest_and_sums[:3]), logprob, entropy)
 
 
-def _check(logits: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor, prompt_lens: torch.Tensor) -> None:
+def _by_name(sums: Sequence[torch.Tensor], rest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """(S, R, L, emitted_logprob, eos_column, runs_past_eos)."""
+    return sums[0], sums[1], rest[0], sums[2], rest[1], rest[2]
+
+
+class _SequenceStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs):
+        *inputs, in_place = inputs
+        *stats, lengths, eos_column, runs_past_eos, sums = torch.ops.entropy_fast.sequence_stats(*inputs)
+        logits, tokens, attention_mask, prompt_lens, _, include_eos, stop_at_eos, bias, temperature, *options = inputs
+        ctx.save_for_backward(logits, tokens, attention_mask, prompt_lens, bias, temperature, eos_column, *stats)
+        ctx.mark_non_differentiable(lengths, eos_column, runs_past_eos)
+        ctx.options = options
+        ctx.rules = (include_eos, stop_at_eos)
+        ctx.in_place = in_place
+        return *stats[:2], lengths, eos_column, runs_past_eos, *(row.clone() for row in sums)
+
+    @staticmethod
+    def backward(ctx: Any, g_logprob, g_entropy, _lengths, _eos, _runs_past, g_sum, g_entropy_sum, g_emitted):
+        logits, tokens, attention_mask, prompt_lens, bias, temperature, eos_column, *stats = saved_tensors(ctx)
+        include_eos, stop_at_eos = ctx.rules
+        emitted = generated_columns(attention_mask != 0, prompt_lens.clamp(min=1))
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        eos = eos_column[:, None]
+        if stop_at_eos:
+            emitted = emitted & ((eos < 0) | (columns <= eos))
+        counts = (columns != eos) | include_eos
+        dtype = stats[0].dtype
+        g_logprob = g_logprob + (g_sum[:, None] * counts + g_emitted[:, None]).to(dtype)
+        g_entropy = g_entropy + (g_entropy_sum[:, None] * counts).to(dtype)
+        # from the column of a token to that of the logits which score it, the one before
+        shifted = (torch.nn.functional.pad(t[:, 1:], (0, 1)) for t in (tokens, emitted, *stats, g_logprob, g_entropy))
+        tokens, emitted, *stats, g_logprob, g_entropy = shifted
+        d_logits, d_bias = logits_gradient(
+            ctx,
+            logits,
+            *(tokens, emitted, bias, temperature, *ctx.options),
+            *stats,
+            *(g_logprob, g_entropy, None),
+            needs_bias=ctx.needs_input_grad[7],
+        )
+        needs_logits = ctx.needs_input_grad[0]
+        return d_logits if needs_logits else None, *(None,) * 6, d_bias, *(None,) * 4
+
+
+def _check(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
     if logits.ndim != 3 or logits.shape[1] < 1:
         raise InputError(
             f"logits must have shape (sequences, columns, vocab), got {check.describe(logits)}; "
@@ -102,12 +142,6 @@ def _check(logits: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Ten
         raise InputError(
             f"prompt_lens must be int32 or int64 with shape {(n,)}, one per sequence, got {check.describe(prompt_lens)}"
         )
-    check.check_devices(logits.device, "logits", tokens=tokens, attention_mask=attention_mask, prompt_lens=prompt_lens)
-    if prompt_lens.device.type == "cpu":
-        outside = (prompt_lens < 1) | (prompt_lens > t)
-        if outside.any():
-            i = int(outside.nonzero()[0])
-            raise InputError(
-                f"prompt_lens must be in 1..{t}, got {int(prompt_lens[i])} for sequence {i}; it is the column at "
-                "which generation starts, after at least one prompt token"
-            )
+    check.check_devices(
+        logits.device, "logits", tokens=tokens, attention_mask=attention_mask, prompt_lens=prompt_lens, bias=bias
+    )

@@ -10,7 +10,6 @@ from entropy_fast.errors import InputError
 from entropy_fast.functional import operators  # noqa: F401  (defines the operators)
 from entropy_fast.functional import validation as check
 from entropy_fast.functional.types import TokenStats
-from entropy_fast.reference.transform import Transform
 
 
 def token_stats(
@@ -59,65 +58,75 @@ def token_stats(
             vocabulary on an active row: on a CPU the error names the row; on a GPU, where looking would stall the
             stream, that row's logprob, entropy and gradient are NaN.
     """
-    _check(logits, targets, mask, temperature, scale, softcap, bias)
-    differentiable = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
-    if not differentiable:
+    check_logits(logits, bias, temperature, scale, softcap)
+    check.check_positions(targets, mask, logits.shape[:-1], "logits")
+    check.check_devices(logits.device, "logits", targets=targets, mask=mask, bias=bias)
+    heat = as_tensor(temperature)
+    if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
         logprob, entropy, peak, log_sum = torch.ops.entropy_fast.row_stats(
-            logits, targets, mask, bias, temperature, scale, softcap
+            logits, targets, mask, bias, heat, scale, softcap
         )
-        lse = _lse(peak, log_sum, Transform(temperature, scale, softcap)) if return_lse else None
-        return TokenStats(logprob, entropy, lse)
+        return TokenStats(logprob, entropy, _lse(peak, log_sum, heat, scale, softcap) if return_lse else None)
     if inplace_backward:
-        _check_in_place(logits)
+        check_in_place(logits)
     return TokenStats(
-        *_TokenStats.apply(logits, targets, mask, bias, temperature, scale, softcap, return_lse, inplace_backward)
+        *_TokenStats.apply(logits, targets, mask, bias, heat, scale, softcap, return_lse, inplace_backward)
     )
 
 
-def _lse(peak: torch.Tensor, log_sum: torch.Tensor, transform: Transform) -> torch.Tensor:
-    return torch.add(log_sum, peak, alpha=transform.factor)
+def as_tensor(temperature: float) -> torch.Tensor:
+    """A float64 tensor on the CPU; a product, because torch.compile then keeps the number a variable."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+
+
+def _lse(
+    peak: torch.Tensor, log_sum: torch.Tensor, temperature: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    return log_sum + peak * ((scale if softcap is None else softcap) / temperature)
 
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, targets, mask, bias, temperature, scale, softcap, return_lse, in_place):
-        options = (temperature, scale, softcap)
-        logprob, entropy, peak, log_sum = torch.ops.entropy_fast.row_stats(logits, targets, mask, bias, *options)
-        ctx.save_for_backward(logits, targets, mask, bias, logprob, entropy, peak, log_sum)
+        stats = torch.ops.entropy_fast.row_stats(logits, targets, mask, bias, temperature, scale, softcap)
+        ctx.save_for_backward(logits, targets, mask, bias, temperature, *stats)
         ctx.set_materialize_grads(False)
-        ctx.options = options
+        ctx.options = (scale, softcap)
         ctx.in_place = in_place
+        logprob, entropy, peak, log_sum = stats
         if return_lse:
-            return logprob, entropy, _lse(peak, log_sum, Transform(*options))
+            return logprob, entropy, _lse(peak, log_sum, temperature, scale, softcap)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprob, grad_entropy, grad_lse=None):
+        unused = (None,) * 5
         if grad_logprob is None and grad_entropy is None and grad_lse is None:
-            return (None,) * 9
-        needs_logits, _, _, needs_bias = ctx.needs_input_grad[:4]
-        logits, targets, mask, bias, *stats = _saved(ctx)
-        rest = (targets, mask, bias, *ctx.options, *stats, grad_logprob, grad_entropy, grad_lse, needs_bias)
-        if ctx.in_place:
-            d_bias = torch.ops.entropy_fast.row_stats_backward_(logits, *rest)
-            torch.autograd.graph.increment_version(logits)
-            d_logits = logits
-        else:
-            d_logits, d_bias = torch.ops.entropy_fast.row_stats_backward(logits, *rest)
-        return (
-            d_logits if needs_logits else None,
-            None,
-            None,
-            d_bias if needs_bias else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            return None, None, None, None, *unused
+        logits, targets, mask, bias, temperature, *stats = saved_tensors(ctx)
+        d_logits, d_bias = logits_gradient(
+            ctx,
+            logits,
+            *(targets, mask, bias, temperature, *ctx.options),
+            *stats,
+            *(grad_logprob, grad_entropy, grad_lse),
+            needs_bias=ctx.needs_input_grad[3],
         )
+        return d_logits if ctx.needs_input_grad[0] else None, None, None, d_bias, *unused
 
 
-def _saved(ctx: Any) -> tuple[torch.Tensor, ...]:
+def logits_gradient(ctx: Any, logits: torch.Tensor, *rest: Any, needs_bias: bool) -> tuple[torch.Tensor, Any]:
+    """(gradient of the logits, of the bias or None); `rest` follows the operator's schema."""
+    if ctx.in_place:
+        d_bias = torch.ops.entropy_fast.row_stats_backward_(logits, *rest, needs_bias)
+        torch.autograd.graph.increment_version(logits)
+        return logits, d_bias if needs_bias else None
+    d_logits, d_bias = torch.ops.entropy_fast.row_stats_backward(logits, *rest, needs_bias)
+    return d_logits, d_bias if needs_bias else None
+
+
+def saved_tensors(ctx: Any) -> tuple[torch.Tensor, ...]:
+    """What the forward saved; says so when an in-place backward has destroyed it."""
     if not ctx.in_place:
         return ctx.saved_tensors
     try:
@@ -125,12 +134,13 @@ def _saved(ctx: Any) -> tuple[torch.Tensor, ...]:
     except RuntimeError as error:
         raise InputError(
             "the logits were written over before this backward, by an earlier backward of "
-            "token_stats(inplace_backward=True) or by something else; use inplace_backward on logits that one "
-            "token_stats call reads and one backward passes, or leave it off"
+            "inplace_backward=True or by something else; use inplace_backward on logits that one call reads and one "
+            "backward passes, or leave it off"
         ) from error
 
 
-def _check_in_place(logits: torch.Tensor) -> None:
+def check_in_place(logits: torch.Tensor) -> None:
+    """Refuse `inplace_backward` where it cannot be right."""
     if torch.compiler.is_compiling():
         raise InputError("inplace_backward does not work under torch.compile; leave it off in compiled code")
     if logits.is_leaf:
@@ -140,21 +150,14 @@ def _check_in_place(logits: torch.Tensor) -> None:
         )
 
 
-def _check(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
-    bias: torch.Tensor | None,
+def check_logits(
+    logits: torch.Tensor, bias: torch.Tensor | None, temperature: float, scale: float, softcap: float | None
 ) -> None:
+    """Logits, bias and transform fit together."""
     if logits.dtype not in check.FLOATING or logits.ndim < 1 or logits.shape[-1] < 1:
         raise InputError(
             f"logits must be bf16, fp16, float32 or float64 with shape (..., vocab), got {check.describe(logits)}; "
             "pass what the head returns, before any softmax"
         )
-    check.check_positions(targets, mask, logits.shape[:-1], "logits")
     check.check_bias(bias, logits.shape[-1])
-    check.check_devices(logits.device, "logits", targets=targets, mask=mask, bias=bias)
     check.check_transform(temperature, scale, softcap)

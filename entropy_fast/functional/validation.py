@@ -65,3 +65,14 @@ def check_target_range(targets: torch.Tensor, mask: torch.Tensor | None, vocab: 
             f"targets must be in [0, {vocab}), got {int(targets[position])} in row {row}; "
             "mask padding and ignored positions with `mask`"
         )
+
+
+def check_prompt_lens(prompt_lens: torch.Tensor, columns: int) -> None:
+    """Generation starts at a column of the sequence, after at least one token."""
+    outside = (prompt_lens < 1) | (prompt_lens > columns)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise InputError(
+            f"prompt_lens must be in 1..{columns}, got {int(prompt_lens[i])} for sequence {i}; it is the column at "
+            "which generation starts, after at least one prompt token"
+        )
