@@ -39,13 +39,13 @@ def estimates_table(report: Report) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     change = report.change
     for unit, noun in _UNITS.items():
-        table.add_row(Text(f"per {noun}", style="dim"))
+        table.add_row(Text(f"per {noun}, nats", style="dim"))
         for name, estimate in change.estimates.items():
             if not name.startswith(f"{unit}/"):
                 continue
             kind = name.split("/")[1]
             style = "bold" if _same(estimate, change.headline) else None
-            table.add_row(*_row(f"  {_ESTIMATORS[kind]}, nats", estimate.to_dict()), style=style)
+            table.add_row(*_row(f"  {_ESTIMATORS[kind]}", estimate.to_dict()), style=style)
             if kind == change.headline.integrand:
                 table.add_row(*_row(f"  {_ESTIMATORS[kind]}, bits", estimate.bits), style=style)
     return table
@@ -64,8 +64,8 @@ def render_views(reports: list[Report]) -> RenderableType:
         cells = []
         for unit in _UNITS:
             e = change.estimates[f"{unit}/{change.headline.integrand}"]
-            digits = _decimals(e.value, e.se)
-            cells.append(f"{e.value:+.{digits}f} ± {e.se:.{digits}f}")
+            form = _form(e.value, e.se)
+            cells.append(f"{_shown(e.value, '+' + form)} ± {_shown(e.se, form)}")
         table.add_row(report.title, cells[0], f"{length.length_part:+.2f}", f"{length.per_token_part:+.2f}", cells[1])
     return table
 
@@ -105,8 +105,9 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         "weights",
         f"ESS {d.ess:,.0f} of {d.n_sequences:,} ({d.ess_fraction:.0%}), largest share {d.max_weight_share:.1%}",
     )
-    yield "", f"mean {d.mean_weight:.4f} where 1 is expected (z = {d.mean_weight_z:+.1f})"
-    yield "", f"k̂ {d.khat:.2f}, good below {d.khat_threshold:.2f}; KL {d.kl:.3g} nats/sequence"
+    yield "", f"mean {d.mean_weight:.4g} where 1 is expected (z = {d.mean_weight_z:+.1f})"
+    tail = f"k̂ {d.khat:.2f}, good below {d.khat_threshold:.2f}" if math.isfinite(d.khat) else "k̂: no tail to fit"
+    yield "", f"{tail}; KL {d.kl:.3g} nats/sequence"
     if change.floor is not None:
         unit = _UNITS[change.headline.unit]
         yield "noise floor", f"{change.floor.floor:.1g} nats/{unit} (the same policy scored in another layout)"
@@ -117,22 +118,25 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _row(label: str, e: dict[str, Any]) -> tuple[str, ...]:
-    digits = _decimals(e["value"], e["se"])
-    low, high = e["interval"]
-    return (
-        label,
-        f"{e['original']:.{digits}f}",
-        f"{e['updated']:.{digits}f}",
-        f"{e['value']:+.{digits}f}",
-        f"{e['se']:.{digits}f}",
-        f"[{low:+.{digits}f}, {high:+.{digits}f}]",
-    )
+    form = _form(e["value"], e["se"])
+    level = ".4f" if form.endswith("e") else form
+    low, high = (_shown(bound, "+" + form) for bound in e["interval"])
+    interval = "–" if low == "–" else f"[{low}, {high}]"
+    values = (_shown(e["original"], level), _shown(e["updated"], level), _shown(e["value"], "+" + form))
+    return (label, *values, _shown(e["se"], form), interval)
 
 
-def _decimals(value: float, se: float) -> int:
-    """Decimals that show two digits of the standard error."""
-    scale = se if math.isfinite(se) and se > 0 else abs(value) * 1e-2
-    return min(9, max(1, 1 - math.floor(math.log10(scale)))) if math.isfinite(scale) and scale > 0 else 4
+def _form(value: float, se: float) -> str:
+    """The format that shows two digits of the standard error; scientific where that takes many decimals."""
+    scale = se if math.isfinite(se) and se > 0 else abs(value) / 10
+    if not math.isfinite(scale) or scale == 0:
+        return ".4f"
+    decimals = max(1, 1 - math.floor(math.log10(scale)))
+    return f".{decimals}f" if decimals <= 4 and abs(value) < 1e5 else ".1e"
+
+
+def _shown(number: float, form: str) -> str:
+    return format(number, form) if math.isfinite(number) else "–"
 
 
 def _same(a: EntropyChange, b: EntropyChange) -> bool:
