@@ -30,6 +30,7 @@ from entropy_fast.reference.transform import Transform
 # Vocabulary columns of dz that exist at a time: enough for the GEMMs to run at full rate, and 8 × 132 tiles of
 # 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a last, partial wave.
 SLAB_COLUMNS = 8448
+PITCH = 64
 # With few rows the slab may be wider: this many entries of dz.
 SLAB_ENTRIES = 8192 * SLAB_COLUMNS
 
@@ -185,36 +186,29 @@ def linear_backward(
     x = Operand.of(hidden)
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
     coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
-    columns = slab_columns(rows, vocab, tiling)
-    dz_dtype = torch.bfloat16 if x.parts else hidden.dtype
-    workspace = torch.empty(rows, columns * (2 if x.parts else 1), dtype=dz_dtype, device=device)
-    hidden_parts = _parts(hidden) if needs_weight else ()
     d_hidden = torch.zeros(rows, hidden.shape[1], dtype=torch.float32, device=device) if needs_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
+    columns = slab_columns(rows, vocab, tiling)
+    # PITCH keeps rows from starting a power of two apart, where they would crowd the same channels of memory
+    workspace = torch.empty(
+        rows, columns * (2 if x.parts else 1) + PITCH, dtype=torch.bfloat16 if x.parts else hidden.dtype, device=device
+    )
+    hidden_parts = _parts(hidden) if needs_weight else ()
     for start in range(0, vocab, columns):
         slab = slice(start, min(start + columns, vocab))
-        dz = _slab_dlogits(
-            x,
-            weight[slab],
-            targets - start,
-            None if bias is None else bias[slab],
-            transform,
-            coefficients,
-            workspace,
-            tiling,
-        )
+        local_bias = None if bias is None else bias[slab]
+        dz = _slab_dlogits(x, weight[slab], targets - start, local_bias, transform, coefficients, workspace, tiling)
         if d_hidden is not None:
-            for a, b in _products(dz, _parts(weight[slab])):
-                _accumulate(d_hidden, a, b)
+            _accumulate(d_hidden, _products(dz, _parts(weight[slab])))
         if d_weight is not None:
             _write_products(d_weight[slab], _products([part.t() for part in dz], hidden_parts), gain)
         if d_bias is not None:
             d_bias[slab] = sum(part.sum(0, dtype=torch.float32) for part in dz)
+    del workspace, dz
     if gain is not None:
         d_hidden = None if d_hidden is None else d_hidden.div_(gain)
         d_bias = None if d_bias is None else d_bias.div_(gain)
-    del workspace, dz
     return Gradients(
         None if d_hidden is None else d_hidden.to(hidden.dtype),
         d_weight,
@@ -240,40 +234,65 @@ def _slab_dlogits(
     padded = n_col_tiles * tiling.BN
     n_units = triton.cdiv(rows, tiling.BM) * n_col_tiles
     programs = min(program_count(workspace.device), n_units)
-    dlogits_kernel[(programs,)](
-        x.source(tiling.BM, tiling.BK, tma),
-        w.source(tiling.BN, tiling.BK, tma),
-        Operand(workspace, workspace.shape[1], None).source(tiling.BM, tiling.BN, tma),
-        x.scale,
-        w.scale,
-        bias,
-        targets,
-        coefficients.lse,
-        coefficients.constant,
-        coefficients.slope,
-        coefficients.target,
-        rows,
-        columns,
-        x.width,
-        x.stride,
-        w.stride,
-        workspace.stride(0),
-        n_units,
-        transform.factor,
-        transform.squeeze or 1.0,
-        BM=tiling.BM,
-        BN=tiling.BN,
-        BK=tiling.BK,
-        GROUP=tiling.GROUP,
-        PROGRAMS=programs,
-        TMA=tma,
-        PARTS=x.parts,
-        HAS_BIAS=bias is not None,
-        SOFTCAP=transform.softcap is not None,
-        HAS_ENTROPY=coefficients.slope is not None,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-    )
+    dz = Operand(workspace, workspace.shape[1], None)
+    per_row = (targets, *coefficients)
+    scalars = (transform.factor, transform.squeeze or 1.0)
+    options = {
+        "BM": tiling.BM,
+        "BN": tiling.BN,
+        "BK": tiling.BK,
+        "GROUP": tiling.GROUP,
+        "PROGRAMS": programs,
+        "PARTS": x.parts,
+        "HAS_BIAS": bias is not None,
+        "SOFTCAP": transform.softcap is not None,
+        "HAS_ENTROPY": coefficients.slope is not None,
+    }
+    if tiling.specialized and x.tma and w.tma:
+        from entropy_fast.kernels.linear_hopper import tiles_kernel
+
+        tiles_kernel[(programs,)](
+            x.gluon_source(tiling.BM, tiling.BK),
+            w.gluon_source(tiling.BN, tiling.BK),
+            dz.gluon_source(tiling.BM // 2, tiling.BN),
+            x.scale,
+            w.scale,
+            bias,
+            *per_row,
+            rows,
+            columns,
+            x.width,
+            n_units,
+            *scalars,
+            STAGES=3,
+            BACKWARD=True,
+            num_warps=4,
+            **options,
+        )
+    else:
+        tma = tiling.tma and x.tma and w.tma
+        dlogits_kernel[(programs,)](
+            x.source(tiling.BM, tiling.BK, tma),
+            w.source(tiling.BN, tiling.BK, tma),
+            dz.source(tiling.BM, tiling.BN, tma),
+            x.scale,
+            w.scale,
+            bias,
+            *per_row,
+            rows,
+            columns,
+            x.width,
+            x.stride,
+            w.stride,
+            dz.stride,
+            n_units,
+            *scalars,
+            TMA=tma,
+            num_warps=tiling.num_warps,
+            # a tile of dz takes its place beside the buffers in shared memory
+            num_stages=2,
+            **options,
+        )
     high = workspace[:, :columns]
     return [high, workspace[:, padded : padded + columns]] if x.parts else [high]
 
@@ -304,12 +323,13 @@ def _products(
     return [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
 
 
-def _accumulate(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a @ b in float32."""
-    if out.device.type == "cpu":
-        out.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+def _accumulate(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """out += Σ a @ b in float32."""
+    for a, b in products:
+        if out.device.type == "cpu":
+            out.addmm_(a.float(), b.float())
+        else:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
 
 def _write_products(
@@ -321,8 +341,7 @@ def _write_products(
         return
     total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     total.zero_()
-    for a, b in products:
-        _accumulate(total, a, b)
+    _accumulate(total, products)
     if gain is not None:
         total.div_(gain)
     if total is not out:

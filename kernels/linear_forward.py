@@ -4,7 +4,7 @@ Each tile of 128 rows × 256 tokens leaves three numbers a row (base 2, d = z �
 
     m = max z,   s = Σ 2^d,   e = Σ 2^d d,
 
-and the logit of the target, where the target is in the tile; a second launch merges the tiles of each row in a fixed
+and the logit of the target in the tile that holds it; a second launch merges the tiles of each row in a fixed
 order. The first is a GEMM with nothing to write: 2 N D V operations against 12 N V / 256 bytes. A row's bits depend on
 the head alone, not on the rows around it: tiles along the vocabulary and steps along the width are the same whatever
 the number of rows.
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.linear_operands import Operand, program_count, slabs, tiling_for
+from entropy_fast.kernels.linear_operands import Operand, Tiling, program_count, slabs, tiling_for
 from entropy_fast.kernels.linear_tiles import LN2, LOWEST, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
@@ -33,7 +33,6 @@ def linear_stats_kernel(
     col_scale_ptr,
     bias_ptr,
     target_ptr,
-    z_ptr,
     tiles_ptr,
     N,
     C,
@@ -67,16 +66,16 @@ def linear_stats_kernel(
             acc, row_scale, col_scale_ptr, bias_ptr, col0, C, factor, squeeze, BN, PARTS, HAS_BIAS, SOFTCAP
         )
         m = tl.maximum(tl.max(z, 1), LOWEST)
+        out = tiles_ptr + col_tile.to(tl.int64) * 4 * N + rows
         # the target's logit is wanted from one tile in hundreds: the others skip the search
         target = tl.load(target_ptr + rows, mask=live, other=-1)
         here = (target >= col0) & (target < min(col0 + BN, C))
         if tl.max(here.to(tl.int32), 0) > 0:
             column = (target - col0).to(tl.int32)
             found = tl.sum(tl.where(tl.arange(0, BN)[None, :] == column[:, None], z, 0.0), 1)
-            tl.store(z_ptr + rows, found, mask=here)
+            tl.store(out + 3 * N, found, mask=here)
         d = z - m[:, None]
         p = tl.exp2(d)
-        out = tiles_ptr + (col_tile.to(tl.int64) * 3) * N + rows
         tl.store(out, m, mask=live)
         tl.store(out + N, tl.sum(p, 1), mask=live)
         tl.store(out + 2 * N, tl.sum(p * d, 1), mask=live)
@@ -85,18 +84,19 @@ def linear_stats_kernel(
 @triton.jit(do_not_specialize=["N"])
 def merge_kernel(
     tiles_ptr,
-    z_ptr,
+    target_ptr,
     logprob_ptr,
     entropy_ptr,
     peak_ptr,
     log_sum_ptr,
     N,
+    V,
     n_tiles,
+    BN: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
-    """All tiles of a row into one (m, s, e), and with FINISH into log-prob, entropy, maximum and log-sum in nats."""
+    """All tiles of a row into log-prob, entropy, maximum and log-sum, in nats."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     live = rows < N
     m = tl.full([TILES, ROWS], LOWEST, tl.float32)
@@ -105,7 +105,7 @@ def merge_kernel(
     for first in range(0, n_tiles, TILES):
         tile = first + tl.arange(0, TILES)[:, None]
         inside = (tile < n_tiles) & live
-        at = tiles_ptr + tile.to(tl.int64) * 3 * N + rows
+        at = tiles_ptr + tile.to(tl.int64) * 4 * N + rows
         m_tile = tl.load(at, mask=inside, other=LOWEST)
         s_tile = tl.load(at + N, mask=inside, other=0.0)
         e_tile = tl.load(at + 2 * N, mask=inside, other=0.0)
@@ -121,20 +121,17 @@ def merge_kernel(
     S = tl.sum(scale * s, 0)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < N
-    if FINISH:
-        z = tl.load(z_ptr + rows, mask=live, other=0.0)
-        log_sum = tl.log2(S)
-        # no logit above −inf, so no distribution; or a target that no tile holds: NaN throughout
-        log_sum = tl.where((M < LOWEST * 1e-5) | (z != z), float("nan"), log_sum)
-        logprob = tl.where(z < LOWEST * 1e-5, -float("inf"), z - M) - log_sum
-        tl.store(logprob_ptr + rows, logprob * LN2, mask=live)
-        tl.store(entropy_ptr + rows, (log_sum - E / S) * LN2, mask=live)
-        tl.store(peak_ptr + rows, M * LN2, mask=live)
-        tl.store(log_sum_ptr + rows, log_sum * LN2, mask=live)
-    else:
-        tl.store(peak_ptr + rows, M, mask=live)
-        tl.store(log_sum_ptr + rows, S, mask=live)
-        tl.store(entropy_ptr + rows, E, mask=live)
+    target = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
+    inside = (target >= 0) & (target < V)
+    z = tl.load(tiles_ptr + ((target // BN) * 4 + 3) * N + rows, mask=inside, other=float("nan"))
+    log_sum = tl.log2(S)
+    # no logit above −inf, so no distribution; or a target outside the vocabulary: NaN throughout
+    log_sum = tl.where((M < LOWEST * 1e-5) | (z != z), float("nan"), log_sum)
+    logprob = tl.where(z < LOWEST * 1e-5, -float("inf"), z - M) - log_sum
+    tl.store(logprob_ptr + rows, logprob * LN2, mask=live)
+    tl.store(entropy_ptr + rows, (log_sum - E / S) * LN2, mask=live)
+    tl.store(peak_ptr + rows, M * LN2, mask=live)
+    tl.store(log_sum_ptr + rows, log_sum * LN2, mask=live)
 
 
 def tile_partials(
@@ -143,52 +140,80 @@ def tile_partials(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     transform: Transform,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the tiles leave: (column tiles, 3, rows) of m, s, e, and (rows,) the target's logit, NaN where it is absent.
+    tiling: Tiling,
+) -> torch.Tensor:
+    """(column tiles, 4, rows): m, s, e, and the target's logit, written in the target's tile alone; base 2, float32.
 
-    Base 2, float32. Shapes as in `linear_stats`; float32 operands are taken through their fp16 halves.
+    Shapes as in `linear_stats`; float32 operands are taken through their fp16 halves.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    tiling = tiling_for(rows, hidden.device)
-    tiles = torch.empty(triton.cdiv(vocab, tiling.BN), 3, rows, dtype=torch.float32, device=hidden.device)
-    z = torch.full((rows,), float("nan"), dtype=torch.float32, device=hidden.device)
+    tiles = torch.empty(triton.cdiv(vocab, tiling.BN), 4, rows, dtype=torch.float32, device=hidden.device)
     x = Operand.of(hidden)
     for slab in slabs(vocab, tiling, x.parts):
         w = Operand.of(weight[slab])
         columns = slab.stop - slab.start
-        tma = tiling.tma and x.tma and w.tma
         n_units = triton.cdiv(rows, tiling.BM) * triton.cdiv(columns, tiling.BN)
         programs = min(program_count(hidden.device), n_units)
+        out = tiles[slab.start // tiling.BN :]
+        local_bias = None if bias is None else bias[slab]
+        local_targets = targets - slab.start if slab.start else targets
+        options = {
+            "BM": tiling.BM,
+            "BN": tiling.BN,
+            "BK": tiling.BK,
+            "GROUP": tiling.GROUP,
+            "PROGRAMS": programs,
+            "PARTS": x.parts,
+            "HAS_BIAS": bias is not None,
+            "SOFTCAP": transform.softcap is not None,
+        }
+        scalars = (transform.factor, transform.squeeze or 1.0)
+        if tiling.specialized and x.tma and w.tma:
+            from entropy_fast.kernels.linear_hopper import tiles_kernel
+
+            tiles_kernel[(programs,)](
+                x.gluon_source(tiling.BM, tiling.BK),
+                w.gluon_source(tiling.BN, tiling.BK),
+                out,
+                x.scale,
+                w.scale,
+                local_bias,
+                local_targets,
+                *(None,) * 4,
+                rows,
+                columns,
+                x.width,
+                n_units,
+                *scalars,
+                STAGES=tiling.num_stages,
+                HAS_ENTROPY=False,
+                BACKWARD=False,
+                num_warps=4,
+                **options,
+            )
+            continue
+        tma = tiling.tma and x.tma and w.tma
         linear_stats_kernel[(programs,)](
             x.source(tiling.BM, tiling.BK, tma),
             w.source(tiling.BN, tiling.BK, tma),
             x.scale,
             w.scale,
-            None if bias is None else bias[slab],
-            targets - slab.start,
-            z,
-            tiles[slab.start // tiling.BN :],
+            local_bias,
+            local_targets,
+            out,
             rows,
             columns,
             x.width,
             x.stride,
             w.stride,
             n_units,
-            transform.factor,
-            transform.squeeze or 1.0,
-            BM=tiling.BM,
-            BN=tiling.BN,
-            BK=tiling.BK,
-            GROUP=tiling.GROUP,
-            PROGRAMS=programs,
+            *scalars,
             TMA=tma,
-            PARTS=x.parts,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=transform.softcap is not None,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            **options,
         )
-    return tiles, z
+    return tiles
 
 
 def linear_stats(
@@ -207,10 +232,11 @@ def linear_stats(
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
     """
-    tiles, z = tile_partials(hidden, weight, targets, bias, transform)
-    rows = hidden.shape[0]
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    tiling = tiling_for(rows, hidden.device)
+    tiles = tile_partials(hidden, weight, targets, bias, transform, tiling)
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
     merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-        tiles, z, *out, rows, tiles.shape[0], ROWS=MERGE_ROWS, TILES=MERGE_TILES, FINISH=True
+        tiles, targets, *out, rows, vocab, tiles.shape[0], BN=tiling.BN, ROWS=MERGE_ROWS, TILES=MERGE_TILES
     )
     return out

@@ -24,7 +24,10 @@ SPLIT_ROWS = 32768
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes and launch options; BN and BK are the same for every number of rows, so a row's bits are too."""
+    """Tile sizes and launch options; BN and BK are the same for every number of rows, so a row's bits are too.
+
+    `specialized` stands for the kernels of `linear_hopper`, where the operands' strides allow TMA.
+    """
 
     BM: int
     BN: int
@@ -33,11 +36,15 @@ class Tiling:
     num_warps: int
     num_stages: int
     tma: bool
+    specialized: bool = False
 
 
 # Measured on one H100: bench/NOTES.md.
-HOPPER = Tiling(BM=128, BN=256, BK=64, GROUP=16, num_warps=8, num_stages=3, tma=True)
-HOPPER_FEW_ROWS = Tiling(BM=64, BN=256, BK=64, GROUP=16, num_warps=4, num_stages=5, tma=True)
+HOPPER = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=True, specialized=True)
+# reading the head is what costs: deeper pipeline
+HOPPER_FEW_ROWS = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=4, tma=True, specialized=True)
+FEW_ROWS = 256
+BLACKWELL = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=True)
 # 160 KiB of shared memory, no TMA
 AMPERE = Tiling(BM=128, BN=128, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=False)
 # 64 KiB of shared memory
@@ -51,9 +58,10 @@ def tiling_for(rows: int, device: torch.device) -> Tiling:
         return INTERPRETED
     if torch.version.hip or _shared_memory(device) < 160 * 1024:
         return SMALL
-    if torch.cuda.get_device_capability(device)[0] < 9:
-        return AMPERE
-    return HOPPER_FEW_ROWS if rows <= HOPPER_FEW_ROWS.BM else HOPPER
+    major = torch.cuda.get_device_capability(device)[0]
+    if major != 9:
+        return AMPERE if major < 9 else BLACKWELL
+    return HOPPER_FEW_ROWS if rows <= FEW_ROWS else HOPPER
 
 
 @functools.cache
@@ -114,6 +122,15 @@ class Operand:
     def source(self, rows: int, columns: int, tma: bool) -> Any:
         """What the kernels' loads take: a descriptor of tiles (rows, columns), or the tensor itself."""
         return TensorDescriptor.from_tensor(self.data, [rows, columns]) if tma else self.data
+
+    def gluon_source(self, rows: int, columns: int) -> Any:
+        """The same descriptor for the Gluon kernels, which want the layout of the tile in shared memory too."""
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        dtype = gl.bfloat16 if self.data.dtype == torch.bfloat16 else gl.float16
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+        return GluonDescriptor.from_tensor(self.data, [rows, columns], layout)
 
 
 @triton.jit

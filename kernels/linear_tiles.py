@@ -109,5 +109,5 @@ def base2_logits(
         core = 1.0 - 2.0 / (1.0 + tl.exp2(acc * (2.0 * LOG2E * squeeze)))
     z = core * (factor * LOG2E)
     if col0 + BN > C:
-        z = tl.where(cols[None, :] < C, z, LOWEST)
+        z = tl.where((tl.arange(0, BN) < C - col0)[None, :], z, LOWEST)
     return z, core

@@ -1,0 +1,196 @@
+"""The fused-linear kernels without a GPU: run by Triton's interpreter, and compiled for the GPUs they are meant for.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted half of this file runs in a process of its own,
+started by `test_in_the_interpreter`. The interpreter has no bf16 products; fp16 and float32 stand for it.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the other half")
+def test_in_the_interpreter():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--import-mode=importlib",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    run = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", run.stdout)
+
+
+def oracle(hidden, weight, targets, bias, transform):
+    z = transform.scale * (hidden @ weight.T + (0.0 if bias is None else bias))
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    logp = torch.log_softmax(z / transform.temperature, -1)
+    p = logp.exp()
+    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], entropy, torch.logsumexp(z / transform.temperature, -1)
+
+
+@interpreted
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "bias", "options"),
+    [(5, 48, 70, False, ()), (18, 37, 33, True, ()), (3, 16, 97, True, (0.7, 0.3, 5.0))],
+)
+def test_both_directions(tma, dtype, rows, width, vocab, bias, options, monkeypatch):
+    from entropy_fast.kernels import linear_backward, linear_operands
+    from entropy_fast.kernels.linear_forward import linear_stats
+    from entropy_fast.reference.rows import RowGradients
+    from entropy_fast.reference.transform import Transform
+
+    monkeypatch.setattr(linear_operands, "INTERPRETED", dataclasses.replace(linear_operands.INTERPRETED, tma=tma))
+    monkeypatch.setattr(linear_backward, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(linear_backward, "SLAB_ENTRIES", 1)
+    transform = Transform(*options)
+    g = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=g).to(dtype)
+    weight = (0.4 * torch.randn(vocab, width, generator=g)).to(dtype)
+    targets = torch.randint(0, vocab, (rows,), generator=g)
+    b = torch.randn(vocab, generator=g).to(dtype) if bias else None
+    exact = [t.double().requires_grad_() for t in (hidden, weight, b) if t is not None]
+    expected = oracle(exact[0], exact[1], targets, exact[2] if bias else None, transform)
+    stats = linear_stats(hidden, weight, targets, b, transform)
+    # float32 sums over the width, of terms near 1
+    for got, e in zip((stats.logprob, stats.entropy, stats.peak + stats.log_sum), expected, strict=True):
+        assert (got - e).abs().max() < 1e-5
+    grads = RowGradients(*torch.randn(3, rows, generator=g))
+    got = linear_backward.linear_backward(hidden, weight, targets, b, transform, stats, grads, (True, True, bias))
+    loss = sum((weight_of * e).sum() for weight_of, e in zip(grads, expected, strict=True))
+    # dz in fp16, or in pairs of bf16, and the result rounded once more
+    bound = 2e-3 if dtype == torch.float16 else 3e-5
+    for a, e in zip(got, torch.autograd.grad(loss, exact), strict=False):
+        assert (a.double() - e).norm() <= bound * e.norm()
+
+
+@interpreted
+def test_halves_carry_22_bits():
+    from entropy_fast.kernels.linear_operands import split_halves
+
+    x = torch.randn(7, 70) * torch.tensor([1e-30, 1e-4, 1.0, 3e3, 1e20, 0.0, 1.0])[:, None]
+    halves, scale = split_halves(x)
+    low, high = halves.double().split(128, dim=1)
+    assert not low[:, 70:].any()
+    error = (scale[:, None].double() * (low + high)[:, :70] - x.double()).abs()
+    assert (error <= 2.0**-22 * x.double().abs() + 2.0**-38 * x.double().abs().amax(1, keepdim=True)).all()
+
+
+def _compile(kernel, signature, constants, target, gluon=False, **options):
+    from triton.compiler import ASTSource
+
+    if gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    signature = signature | {name: "constexpr" for name in constants}
+    source = ASTSource(fn=kernel, signature={n: signature[n] for n in kernel.arg_names}, constexprs=constants, attrs={})
+    return triton.compile(source, target=target, options=options)
+
+
+def _spilled_bytes(compiled):
+    """Bytes of stack that ptxas's spills take, from the cubin's resource usage."""
+    from triton.backends.nvidia import driver
+
+    tool = Path(driver.__file__).parent / "bin" / "cuobjdump"
+    cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"linear-{os.getpid()}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    try:
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    finally:
+        cubin.unlink()
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+FORWARD_SCALARS = {"N": "i32", "C": "i32", "K": "i32", "n_units": "i32", "factor": "fp32", "squeeze": "fp32"}
+NAMES = ("row_scale_ptr", "col_scale_ptr", "bias_ptr")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "arch", "tma"), [("cuda", 80, False), ("cuda", 90, True), ("cuda", 100, True), ("hip", "gfx942", False)]
+)
+def test_triton_kernels_compile(backend, arch, tma, backward):
+    from triton.backends.compiler import GPUTarget
+
+    from entropy_fast.kernels import linear_operands
+    from entropy_fast.kernels.linear_backward import dlogits_kernel
+    from entropy_fast.kernels.linear_forward import linear_stats_kernel
+
+    t = {80: linear_operands.AMPERE, "gfx942": linear_operands.SMALL}.get(arch, linear_operands.BLACKWELL)
+    kernel = dlogits_kernel if backward else linear_stats_kernel
+
+    def tile(rows, columns):
+        return f"tensordesc<bf16[{rows},{columns}]>" if tma else "*bf16"
+
+    signature = FORWARD_SCALARS | {"hidden": tile(t.BM, t.BK), "weight": tile(t.BN, t.BK), "target_ptr": "*i64"}
+    signature |= dict.fromkeys(("hidden_stride", "weight_stride", "dz_stride"), "i32")
+    signature |= dict.fromkeys(("lse_ptr", "constant_ptr", "slope_ptr", "dz_target_ptr", "tiles_ptr"), "*fp32")
+    signature |= {"dz": tile(t.BM, t.BN), "bias_ptr": "*bf16"}
+    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "PROGRAMS": 132, "TMA": tma, "PARTS": False}
+    constants |= {"HAS_BIAS": True, "SOFTCAP": True, "row_scale_ptr": None, "col_scale_ptr": None}
+    if backward:
+        constants["HAS_ENTROPY"] = True
+    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+    stages = 2 if backward else t.num_stages
+    compiled = _compile(kernel, signature, constants, target, num_warps=t.num_warps, num_stages=stages)
+    limit = {80: 163, 90: 227, 100: 227, "gfx942": 64}[arch] * 1024
+    assert compiled.metadata.shared <= limit
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("options", [False, True])
+def test_hopper_kernels_compile(backward, options):
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+
+    from entropy_fast.kernels.linear_hopper import tiles_kernel
+    from entropy_fast.kernels.linear_operands import HOPPER as t
+
+    layout = gl.NVMMASharedLayout.get_default_for([t.BM, t.BK], gl.bfloat16)
+    signature = FORWARD_SCALARS | {
+        "hidden": f"tensordesc<bf16[{t.BM},{t.BK}],{layout}>",
+        "weight": f"tensordesc<bf16[{t.BN},{t.BK}],{layout}>",
+        "out": f"tensordesc<bf16[{t.BM // 2},{t.BN}],{layout}>" if backward else "*fp32",
+        "target_ptr": "*i64",
+    }
+    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "PROGRAMS": 132, "STAGES": t.num_stages}
+    constants |= {"PARTS": False, "HAS_BIAS": options, "SOFTCAP": options}
+    constants |= {"HAS_ENTROPY": backward, "BACKWARD": backward, "row_scale_ptr": None, "col_scale_ptr": None}
+    signature["bias_ptr"] = "*bf16"
+    if not options:
+        constants["bias_ptr"] = None
+    for name in ("lse_ptr", "constant_ptr", "slope_ptr", "dz_target_ptr"):
+        signature[name] = "*fp32"
+        if not backward:
+            constants[name] = None
+    compiled = _compile(tiles_kernel, signature, constants, GPUTarget("cuda", 90, 32), gluon=True, num_warps=4)
+    assert compiled.metadata.shared <= 227 * 1024
+    sass_free_of_spills = not options and triton.__version__.startswith("3.6")
+    if sass_free_of_spills:
+        assert _spilled_bytes(compiled) == 0
