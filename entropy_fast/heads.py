@@ -1,9 +1,9 @@
 """What a causal language model does after its last hidden state, found out and verified, never guessed.
 
-The head module's *input* is captured by a forward pre-hook, which also cuts that input down to one position, so the
-model itself spends nothing on logits. What follows the head (a scale, a softcap, fewer columns) is looked up in a
-registry by the model's class and then checked against the model's own logits: the same hook feeds the head synthetic
-hidden states, small and large, so that a softcap or a scale that was missed cannot hide in rounding.
+The head module's *input* is captured in the head's place, so the model itself spends nothing on logits. What follows
+the head (a scale, a softcap, fewer columns) is looked up in a registry by the model's class and then checked against
+the model's own logits: a hook feeds the head synthetic hidden states, small and large, so that a softcap or a scale
+that was missed cannot hide in rounding.
 
 Three ways to the logits come out of that, the first that is right:
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.errors import EntropyFastWarning, InputError
+from entropy_fast.precision import evaluation_mode
 
 Mode = Literal["fused", "module", "logits"]
 
@@ -150,6 +151,7 @@ class Head:
         module: the head module, None in mode `logits`.
         transform: what follows the head module.
         vocab_size: the number of logits a token has.
+        columns: the width of the head module's own output.
     """
 
     mode: Mode
@@ -157,22 +159,36 @@ class Head:
     module: nn.Module | None
     transform: HeadTransform
     vocab_size: int
+    columns: int
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
-        """While entered, the model's forward appends the head's input (batch, T, D) and computes one logit row."""
+        """While entered, the model's forward appends the head's input (batch, T, D) and computes no logits.
+
+        The head returns zeros for one position; the model's own output is of no use then.
+        """
         assert self.module is not None
         captured: list[Tensor] = []
 
-        def keep_and_cut(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            captured.append(inputs[0])
-            return (inputs[0][:, :1], *inputs[1:])
+        def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            captured.append(hidden)
+            return hidden.new_zeros(len(hidden), 1, self.columns)
 
-        handle = self.module.register_forward_pre_hook(keep_and_cut)
-        try:
+        with _forward_replaced(self.module, keep):
             yield captured
-        finally:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While entered, calling `module` runs its hooks around `forward`."""
+    before = vars(module).get("forward")  # some libraries set a forward of their own on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -255,27 +271,23 @@ def _obstacle_to_fusing(module: nn.Module) -> str:
 
 @torch.no_grad()
 def _verify(model: nn.Module, module: nn.Module | None, transform: HeadTransform, obstacle: str) -> Head:
-    was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         probes = [] if module is None else _probe(model, module)
         own_logits = probes[0].logits if probes else _plain_logits(model)
-    finally:
-        for m in was_training:
-            m.training = True
     vocab_size = own_logits.shape[-1]
     if module is None:
-        return Head("logits", obstacle, None, HeadTransform(), vocab_size)
+        return Head("logits", obstacle, None, HeadTransform(), vocab_size, vocab_size)
     if not probes:
         reason = f"its {type(module).__name__} head does not run once on (batch, tokens, features) in a forward pass"
-        return Head("logits", reason, None, HeadTransform(), vocab_size)
+        return Head("logits", reason, None, HeadTransform(), vocab_size, vocab_size)
     if not all(probe.agrees(transform) for probe in probes):
         reason = (
             f"{transform} after the head does not reproduce the model's logits; if you know what does, "
             "say it with entropy_fast.heads.register_head_transform"
         )
-        return Head("logits", reason, None, HeadTransform(), vocab_size)
-    return Head("module" if obstacle else "fused", obstacle, module, transform, vocab_size)
+        return Head("logits", reason, None, HeadTransform(), vocab_size, vocab_size)
+    columns = probes[0].head_output.shape[-1]
+    return Head("module" if obstacle else "fused", obstacle, module, transform, vocab_size, columns)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The precision that a model runs in while it is scored, taken back whatever happens."""
+"""The mode and the precision that a model runs in while it is scored, taken back whatever happens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from torch import Tensor, nn
 
 Precision = Literal["as_loaded", "float32", "tf32"]
 _LOW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` while entered; every module gets its own training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager
@@ -42,7 +54,10 @@ def _raised(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         low = [t for t in own if t.dtype in _LOW]
-        if low:
+        if type(module) is nn.Embedding and low:
+            # a row looked up and then raised has the same bits, without a raised copy of the whole vocabulary
+            handles.append(module.register_forward_hook(lambda _, __, output: output.float()))
+        elif low:
             stack: list[list[Tensor]] = []
 
             def raise_(_: nn.Module, __: object, low: list[Tensor] = low, stack: list[list[Tensor]] = stack) -> None:

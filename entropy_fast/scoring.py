@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,18 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from entropy_fast.config import Config
-from entropy_fast.errors import InputError, NonFiniteLogitsError
+from entropy_fast.errors import EntropyFastWarning, InputError, NonFiniteLogitsError
 from entropy_fast.functional import TokenStats, linear_token_stats, token_stats
-from entropy_fast.heads import eos_token_ids, find_head, forward_kwargs, input_embedding, unwrap
-from entropy_fast.layout import DenseRollouts, Layout, Microbatch, microbatches
-from entropy_fast.precision import Precision, model_precision
+from entropy_fast.heads import eos_token_ids, find_head, input_embedding, unwrap
+from entropy_fast.layout import DenseRollouts, Layout
+from entropy_fast.microbatch import Microbatch, packed, padded
+from entropy_fast.precision import Precision, evaluation_mode, model_precision
 from entropy_fast.rollouts import Counting, Rollouts, TokenMasks, token_masks
+from entropy_fast.trunk import Trunk
 
 Progress = Callable[[int, int], None]
 
-# Padded tokens in a microbatch when nobody chooses. More does not make a GPU faster, for it is full by then, and
-# wastes more on padding; a CPU's caches like less.
+# Tokens in a microbatch when nobody chooses, where memory allows. More does not make a GPU faster, for it is full by
+# then, and wastes more on padding; a CPU's caches like less.
 DEFAULT_TOKEN_BUDGET = {"cuda": 8192, "cpu": 2048}
+# What one token holds at the widest point of a transformer layer, in features of its hidden state and its elements'
+# size: the MLP's three products of 4 to 6 times the width, attention and norms, the latter in float32.
+_FEATURES_PER_TOKEN = 32
 # Logits held at once where a model needs its own logits, in bytes of float32.
 _LOGITS_BYTES = 512 * 2**20
 _HEAD_ROWS = 1024
@@ -37,9 +43,12 @@ class Scoring:
         counting: which tokens count, and the EOS ids; None takes the model's ids and counts every token.
         temperature: the temperature that the rollouts were sampled at.
         entropy: also compute the full-distribution entropy of every generated token.
-        token_budget: padded tokens in a microbatch, see `DEFAULT_TOKEN_BUDGET`. Memory grows with it, not with the
-            number of rollouts.
+        token_budget: tokens in a microbatch, padding included. Memory grows with it, not with the number of rollouts.
+            None takes `DEFAULT_TOKEN_BUDGET`, or on a GPU what half of the free memory holds, if that is less.
         max_sequences: a further limit on a microbatch.
+        packing: lay microbatches out as one row without padding, every prompt once for all its completions. None
+            does so where it was verified on the model to give what right-padded rows give; True insists, with an
+            error that says why it cannot; False never does. Passes with gradients are always padded.
         layout: microbatches made earlier (`Scores.layout`), so that rounding is the same; None makes them.
         precision: see `model_precision`.
         autocast: the dtype to run the model under autocast in, None for no autocast.
@@ -50,6 +59,7 @@ class Scoring:
     entropy: bool = True
     token_budget: int | None = None
     max_sequences: int | None = None
+    packing: bool | None = None
     layout: Layout | None = None
     precision: Precision = "as_loaded"
     autocast: torch.dtype | None = None
@@ -135,29 +145,28 @@ def score(
         InputError: a token id is outside the vocabulary.
     """
     scoring = replace(scoring or Scoring(), **options)
-    scorer = Scorer(model, rollouts, scoring)
-    shape = rollouts.tokens.shape
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    executed: list[tuple[int, ...]] = []
-    total = int(scorer.dense.input_lengths.sum())
-    done = 0
-    with torch.no_grad(), evaluation_mode(model), scorer.scope():
-        for batch, stats in scorer.run():
-            if logprob is None:
-                logprob = stats.logprob.new_zeros(shape, device=rollouts.tokens.device)
-                entropy = torch.zeros_like(logprob) if scoring.entropy else None
-            rows, columns = scorer.target_of(batch)
-            logprob[rows, columns] = stats.logprob.to(logprob.device)
-            if entropy is not None:
-                entropy[rows, columns] = stats.entropy.to(logprob.device)
-            executed.append(tuple(batch.sequences.tolist()))
-            done += int(batch.lengths.sum())
-            if progress is not None:
-                progress(done, total)
-    assert logprob is not None
+    with torch.no_grad(), evaluation_mode(model):
+        scorer = Scorer(model, rollouts, scoring, packing=scoring.packing)
+        finished: list[tuple[Microbatch, TokenStats]] = []
+        total = int(scorer.dense.input_lengths.sum())
+        done = 0
+        with scorer.scope():
+            for batch, stats in scorer.run():
+                finished.append((batch, stats))
+                done += int(scorer.dense.input_lengths[list(batch.sequences)].sum())
+                if progress is not None:
+                    progress(done, total)
+    logprob = torch.zeros(rollouts.tokens.shape, dtype=finished[0][1].logprob.dtype, device=rollouts.tokens.device)
+    entropy = torch.zeros_like(logprob) if scoring.entropy else None
+    # only now, so that nothing waits for a GPU while it works
+    for batch, stats in finished:
+        rows, columns = scorer.target_of(batch)
+        logprob[rows, columns] = stats.logprob.to(logprob.device)
+        if entropy is not None:
+            entropy[rows, columns] = stats.entropy.to(logprob.device)
     _require_finite(logprob, entropy, scorer.masks)
-    return Scores(logprob, entropy, scorer.masks, Layout(tuple(executed)))
+    executed = Layout(tuple(batch.sequences for batch, _ in finished), scorer.layout.packed)
+    return Scores(logprob, entropy, scorer.masks, executed)
 
 
 class Scorer:
@@ -167,9 +176,14 @@ class Scorer:
         model: a causal language model.
         rollouts: what is scored.
         scoring: how.
+        packing: see `Scoring`; packed passes have no gradients.
+
+    Raises:
+        InputError: a token id is outside the vocabulary, the model is not causal, or packing was asked for and the
+            model cannot be packed.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, scoring: Scoring) -> None:
+    def __init__(self, model: nn.Module, rollouts: Rollouts, scoring: Scoring, *, packing: bool | None = False) -> None:
         self.model = model
         self.scoring = scoring
         self.head = find_head(model)
@@ -178,41 +192,36 @@ class Scorer:
         self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
         self.dense = DenseRollouts.pack(rollouts, self.masks)
         self.device = input_embedding(model).device
-        self.layout = scoring.layout or Layout.by_tokens(
-            self.dense.input_lengths, self._token_budget(), scoring.max_sequences
-        )
+        self._trunk = Trunk(model, self.head)
         self._result_device = rollouts.tokens.device
-        self._kwargs = forward_kwargs(unwrap(model))
+        self.layout = self._plan(packing)
+        self._most_tokens: float = float("inf")
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """The precision that the model runs in; enter it around `run`."""
         return _scope(self.model, self.scoring, self.device)
 
     def run(self) -> Iterator[tuple[Microbatch, TokenStats]]:
-        """The microbatches with the statistics of their active positions, in row-major order ((R,) each).
+        """The microbatches with the statistics of their active positions, (R,) each.
 
-        A microbatch that does not fit in memory is halved and tried again; what is finished stays finished.
+        A microbatch that does not fit in memory is halved and tried again, and from then on none is made larger than
+        its halves; what is finished stays finished.
         """
-        for batch in microbatches(self.dense, self.layout, self.device):
-            yield from self._run(batch)
+        for group in self.layout.microbatches:
+            yield from self._run(group)
 
     def target_of(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         """(row, column) of the rollouts for every active position of `batch`, on the rollouts' device."""
-        rows = batch.sequences[:, None].expand_as(batch.active)[batch.active]
-        return rows.to(self._result_device), batch.columns[batch.active].to(self._result_device)
+        return batch.rows, batch.columns
 
     def stats(self, batch: Microbatch) -> TokenStats:
         """Log-prob and entropy of the active positions of one microbatch, differentiable where gradients are on."""
-        targets = batch.targets[batch.active]
+        states = self._trunk(batch)
         if self.head.mode == "logits":
-            logits = self.model(input_ids=batch.input_ids, **self._kwargs).logits
-            return token_stats(logits[batch.active], targets, temperature=self.scoring.temperature)
-        with self.head.capture() as captured:
-            self.model(input_ids=batch.input_ids, **self._kwargs)
-        hidden = captured[0][batch.active]
+            return token_stats(states, batch.targets.to(states.device), temperature=self.scoring.temperature)
         if self.head.mode == "fused":
-            return self._fused(hidden, targets)
-        return self._by_module(hidden, targets)
+            return self._fused(states, batch.targets)
+        return self._by_module(states, batch.targets)
 
     def _fused(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         module: Any = self.head.module
@@ -220,9 +229,9 @@ class Scorer:
         weight, bias = module.weight[: transform.vocab_size], module.bias
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         return linear_token_stats(
-            hidden.to(dtype),
+            hidden.to(weight.device, dtype),
             weight.to(dtype),
-            targets.to(hidden.device),
+            targets.to(weight.device),
             None if bias is None else bias[: transform.vocab_size].to(dtype),
             temperature=self.scoring.temperature,
             scale=transform.scale,
@@ -244,42 +253,72 @@ class Scorer:
         parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in pairs]
         return TokenStats(torch.cat([p.logprob for p in parts]), torch.cat([p.entropy for p in parts]), None)
 
+    def _plan(self, packing: bool | None) -> Layout:
+        scoring, budget = self.scoring, self._token_budget()
+        setting = (scoring.precision, scoring.autocast)
+        fitness = self._trunk.fitness(self.dense, self.device, self.scope, setting, budget)
+        name = type(unwrap(self.model)).__name__
+        if fitness.packed and (packing or (scoring.layout is not None and scoring.layout.packed)):
+            raise InputError(
+                f"{name} cannot be packed, because {fitness.packed}; score (both policies) with packing=False"
+            )
+        if scoring.layout is not None:
+            return scoring.layout
+        if packing is not False and not fitness.packed:
+            return Layout.by_prompt(self.dense, budget, scoring.max_sequences)
+        if fitness.padded:
+            warnings.warn(
+                f"{name}: sequences are scored one at a time, because {fitness.padded}",
+                EntropyFastWarning,
+                stacklevel=4,
+            )
+        return Layout.by_tokens(self.dense.input_lengths, budget, 1 if fitness.padded else scoring.max_sequences)
+
     def _token_budget(self) -> int:
-        budget = self.scoring.token_budget or DEFAULT_TOKEN_BUDGET.get(self.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
+        if self.scoring.token_budget is not None:
+            budget = self.scoring.token_budget
+        else:
+            budget = DEFAULT_TOKEN_BUDGET.get(self.device.type, DEFAULT_TOKEN_BUDGET["cpu"])
+            if self.device.type == "cuda":
+                budget = min(budget, max(1, _free_memory(self.device) // (2 * self._bytes_per_token())))
         if self.head.mode == "logits":
             budget = min(budget, max(1, _LOGITS_BYTES // (4 * self.head.vocab_size)))
         return budget
 
-    def _run(self, batch: Microbatch) -> Iterator[tuple[Microbatch, TokenStats]]:
-        try:
-            stats: TokenStats | None = self.stats(batch)
-        except torch.OutOfMemoryError as error:
-            if len(batch.sequences) == 1:
-                raise InputError(
-                    f"sequence {int(batch.sequences[0])} alone, {batch.input_ids.shape[1]} tokens, does not fit in "
-                    f"the memory of {self.device}; free memory there or score shorter sequences ({error})"
-                ) from None
-            stats = None
-        if stats is not None:
-            yield batch, stats
-            return
-        # outside the except block: there, the exception's traceback would keep the failed pass's tensors alive
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        for half in batch.halves():
+    def _bytes_per_token(self) -> int:
+        embedding = input_embedding(self.model)
+        return embedding.shape[-1] * embedding.element_size() * _FEATURES_PER_TOKEN
+
+    def _run(self, group: tuple[int, ...]) -> Iterator[tuple[Microbatch, TokenStats]]:
+        tokens = self.layout.tokens(self.dense, group)
+        if tokens <= self._most_tokens or len(group) == 1:
+            make = packed if self.layout.packed else padded
+            batch = make(self.dense, group, self.device, self._result_device)
+            try:
+                stats: TokenStats | None = self.stats(batch)
+            except torch.OutOfMemoryError as error:
+                if len(group) == 1:
+                    raise InputError(
+                        f"sequence {group[0]} alone, {tokens} tokens, does not fit in the memory of {self.device}; "
+                        f"free memory there or score shorter sequences ({error})"
+                    ) from None
+                stats = None
+            if stats is not None:
+                yield batch, stats
+                return
+            # outside the except block: there, the exception's traceback would keep the failed pass's tensors alive
+            self._most_tokens = tokens / 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        middle = len(group) // 2
+        for half in (group[:middle], group[middle:]):
             yield from self._run(half)
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` while entered; every module gets its own training flag back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _free_memory(device: torch.device) -> int:
+    """Bytes that PyTorch could still take: what the driver has, and what is cached and unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @contextlib.contextmanager

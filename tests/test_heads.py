@@ -58,8 +58,10 @@ def test_scores_equal_those_from_the_models_own_logits(name, temperature):
     model, r = tiny(name, dtype=torch.float64), rollouts()
     scores = score(model, r, temperature=temperature)
     S, R = from_own_logits(model, r, temperature)
-    torch.testing.assert_close(scores.S, S, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(scores.R, R, rtol=1e-11, atol=1e-11)
+    # Gemma 2's own attention rounds its softmax to float32 even in float64; a packed row's does not
+    tolerance = 1e-6 if name == "gemma2" else 1e-11
+    torch.testing.assert_close(scores.S, S, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(scores.R, R, rtol=tolerance, atol=tolerance)
 
 
 def missed_softcap(model):

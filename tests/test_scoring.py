@@ -165,20 +165,37 @@ def test_float32_precision_comes_off_after_an_error():
     assert all(not m._forward_pre_hooks for m in model.modules())
 
 
-def test_running_out_of_memory_halves_the_microbatch_and_goes_on(monkeypatch):
+@pytest.mark.parametrize("packing", [None, False])
+def test_running_out_of_memory_halves_the_microbatch_and_goes_on(monkeypatch, packing):
     model, r = tiny("llama", dtype=torch.float64), right_padded()
     expected = score(model, r)
     forward = type(model).forward
+    tried = []
 
     def too_big(self, input_ids, **kwargs):
-        if len(input_ids) > 1:
+        tried.append(input_ids.numel())
+        if input_ids.numel() > 6:
             raise torch.OutOfMemoryError("planted")
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", too_big)
-    scores = score(model, r)
+    scores = score(model, r, packing=packing)
     torch.testing.assert_close(scores.S, expected.S, rtol=1e-12, atol=1e-12)
-    assert all(len(group) == 1 for group in scores.layout.microbatches)
+    assert sorted(i for group in scores.layout.microbatches for i in group) == [0, 1, 3]
+    assert max(tried) > 6
+    assert tried[-1] <= 6
+
+
+def test_a_sequence_that_does_not_fit_alone_is_named(monkeypatch):
+    model = tiny("llama")
+    score(model, right_padded())
+
+    def too_big(self, **_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(type(model), "forward", too_big)
+    with pytest.raises(InputError, match="sequence 0 alone, 6 tokens, does not fit"):
+        score(model, right_padded().select(torch.tensor([1, 2])), packing=False)
 
 
 def test_progress_ends_at_the_total():

@@ -1,0 +1,176 @@
+"""What one forward pass reads, as tensors on the model's device.
+
+Everything is worked out on the CPU, index lists instead of boolean masks, and copied without waiting: a mask used as
+an index makes a GPU stop to count, and a scoring pass must not stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from entropy_fast.layout import DenseRollouts
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens of a packed row attend to which: segment s holds queries, and the keys that they may look at.
+
+    The last `query_lengths[s]` keys of a segment are its own tokens; before them stands the prompt that the segment
+    continues. Query i sees the keys up to its own.
+
+    Attributes:
+        query_lengths: tokens of each segment, which together are the row, in order.
+        key_lengths: keys of each segment, at least as many.
+        key_index: (sum of key_lengths,) int64, the token of the row that each key belongs to; None when the keys are
+            the row itself, in order.
+    """
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    key_index: Tensor | None
+    _starts: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """The length of the row."""
+        return sum(self.query_lengths)
+
+    def starts_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(segments + 1,) int32 each: 0 and the running sums of the queries' and the keys' lengths."""
+        if device not in self._starts:
+            self._starts[device] = tuple(
+                _send(_running_sums(x), device) for x in (self.query_lengths, self.key_lengths)
+            )
+        queries, keys = self._starts[device]
+        return queries, keys
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass reads and which of its positions are scored.
+
+    Attributes:
+        sequences: indices into the rollouts.
+        input_ids: (rows, width) int64.
+        position_ids: (rows, width) int64.
+        active: (R,) int64, the positions, counted through the rows, whose hidden states are scored.
+        targets: (R,) int64, the token that each of them is to predict.
+        rows: (R,) int64, on the results' device: the sequence that the target belongs to.
+        columns: (R,) int64, likewise: the column of the rollouts that the target came from.
+        tokens: real tokens that the model reads, each counted once.
+        segments: who attends to whom in a packed row; None for right-padded rows.
+    """
+
+    sequences: tuple[int, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    active: Tensor
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    tokens: int
+    segments: Segments | None = None
+
+
+def padded(
+    dense: DenseRollouts, sequences: Sequence[int], device: torch.device, result_device: torch.device
+) -> Microbatch:
+    """Right-padded rows, one for each sequence."""
+    index = torch.tensor(sequences)
+    lengths = dense.input_lengths[index]
+    width = int(lengths.max())
+    tokens = dense.tokens[index, : width + 1]
+    # what lies beyond a sequence's own inputs is padding, also where a longer neighbour goes on
+    real = torch.arange(width) < lengths[:, None]
+    row, position = (dense.generated[index, 1 : width + 1] & real).nonzero(as_tuple=True)
+    return Microbatch(
+        sequences=tuple(sequences),
+        input_ids=_send(torch.where(real, tokens[:, :-1], 0), device),
+        position_ids=_send(torch.arange(width).expand(len(index), -1).contiguous(), device),
+        active=_send(row * width + position, device),
+        targets=_send(tokens[row, position + 1], device),
+        rows=_send(index[row], result_device),
+        columns=_send(dense.columns[index[row], position + 1], result_device),
+        tokens=int(lengths.sum()),
+    )
+
+
+def packed(
+    dense: DenseRollouts, sequences: Sequence[int], device: torch.device, result_device: torch.device
+) -> Microbatch:
+    """One row: every prompt once, followed by what its completions add to it."""
+    row = _Row(dense)
+    for family in dense.families(sequences):
+        row.append(family)
+    at = {name: torch.cat(parts) for name, parts in row.scored.items()}
+    identity = row.query_lengths == row.key_lengths
+    segments = Segments(
+        tuple(row.query_lengths),
+        tuple(row.key_lengths),
+        None if identity else _send(torch.cat(row.keys), device),
+    )
+    return Microbatch(
+        sequences=tuple(sequences),
+        input_ids=_send(torch.cat(row.tokens)[None], device),
+        position_ids=_send(torch.cat(row.positions)[None], device),
+        active=_send(at["active"], device),
+        targets=_send(dense.tokens[at["rows"], at["target"]], device),
+        rows=_send(at["rows"], result_device),
+        columns=_send(dense.columns[at["rows"], at["target"]], result_device),
+        tokens=segments.tokens,
+        segments=segments,
+    )
+
+
+class _Row:
+    """A packed row in the making."""
+
+    def __init__(self, dense: DenseRollouts) -> None:
+        self.dense = dense
+        self.length = 0
+        self.tokens: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.query_lengths: list[int] = []
+        self.key_lengths: list[int] = []
+        self.scored: dict[str, list[Tensor]] = {"active": [], "rows": [], "target": []}
+
+    def append(self, family: Sequence[int]) -> None:
+        """Sequences of one prompt. A prompt with a single sequence needs no segment of its own."""
+        shared = int(self.dense.prompt_lengths[family[0]]) if len(family) > 1 else 0
+        prompt = torch.arange(self.length, self.length + shared)
+        if shared:
+            self._segment(family[0], 0, shared, prompt[:0])
+        for i in family:
+            end = int(self.dense.input_lengths[i])
+            own = self._segment(i, shared, end, prompt) if end > shared else prompt[:0]
+            where = torch.cat([prompt, own])
+            target = self.dense.generated[i, 1 : end + 1].nonzero()[:, 0] + 1
+            self.scored["active"].append(where[target - 1])
+            self.scored["rows"].append(torch.full_like(target, i))
+            self.scored["target"].append(target)
+
+    def _segment(self, i: int, start: int, end: int, before: Tensor) -> Tensor:
+        """Tokens start..end of sequence i, which may look at the row's tokens `before` too; where they stand."""
+        own = torch.arange(self.length, self.length + end - start)
+        self.length += end - start
+        self.tokens.append(self.dense.tokens[i, start:end])
+        self.positions.append(torch.arange(start, end))
+        self.keys.append(torch.cat([before, own]))
+        self.query_lengths.append(end - start)
+        self.key_lengths.append(len(self.keys[-1]))
+        return own
+
+
+def _running_sums(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

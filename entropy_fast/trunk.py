@@ -1,0 +1,209 @@
+"""The pass through a model up to its head, and which ways of laying sequences out it can be trusted with.
+
+What a layout may do to a model is not read off its class but tried, the first time that it is seen and whenever
+sequences get longer: a few of the very sequences that are to be scored go through alone, right-padded and packed, in
+float32, and have to come out the same. That covers what no list of classes can: recurrent layers that would run on
+from one sequence into the next, positions counted in an unusual way, masks of a model's own, attention that isn't
+causal. In the precision of the scoring itself, the packed pass must come as near to float32 as the padded one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast.errors import InputError
+from entropy_fast.heads import Head, accepts, forward_kwargs, unwrap
+from entropy_fast.layout import DenseRollouts
+from entropy_fast.microbatch import Microbatch, packed, padded
+from entropy_fast.packing import packed_attention, static_obstacle
+from entropy_fast.precision import evaluation_mode, model_precision
+
+Scope = Callable[[], contextlib.AbstractContextManager[None]]
+
+# Relative difference of a hidden state between two layouts in float32. Rounding gives 1e-6 to 1e-5, tens of layers
+# deep; looking at one wrong token gives 1e-3 and more.
+_TOLERANCE = 1e-4
+# Squared distance from float32 in low precision, packed over padded: how much worse than the padded pass is allowed.
+_NOISE_RATIO = 4.0
+# Sequences are not cut below this for a trial.
+_SHORTEST = 64
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """Which layouts a model can be trusted with.
+
+    Attributes:
+        packed: why it cannot be packed; empty when it can.
+        padded: why sequences cannot share right-padded rows; empty when they can.
+    """
+
+    packed: str = ""
+    padded: str = ""
+
+
+class Trunk:
+    """A model and its head, ready to give what the head is to be applied to.
+
+    Args:
+        model: a causal language model.
+        head: see `find_head`.
+    """
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self.model = model
+        self.head = head
+        self._base = unwrap(model)
+        self._kwargs = forward_kwargs(self._base)
+        self._takes_positions = accepts(self._base, "position_ids")
+
+    def __call__(self, batch: Microbatch) -> Tensor:
+        """(R, width): the head's inputs at the active positions; in mode `logits`, the logits there."""
+        kwargs = dict(self._kwargs)
+        if batch.segments is not None:
+            kwargs["position_ids"] = batch.position_ids
+        attention = contextlib.nullcontext() if batch.segments is None else packed_attention(self._base, batch.segments)
+        with attention:
+            if self.head.mode == "logits":
+                output = self.model(input_ids=batch.input_ids, **kwargs).logits
+            else:
+                with self.head.capture() as captured:
+                    self.model(input_ids=batch.input_ids, **kwargs)
+                output = captured[0]
+        return output.flatten(0, 1).index_select(0, batch.active.to(output.device))
+
+    def fitness(
+        self, dense: DenseRollouts, device: torch.device, scope: Scope, setting: object, token_budget: int
+    ) -> Fitness:
+        """Try the layouts on some of the sequences, unless that is known already.
+
+        Args:
+            dense: what is to be scored.
+            device: where the model's inputs go.
+            scope: enters the precision of the scoring.
+            setting: names that precision; what was found out under one is not taken for another.
+            token_budget: sequences are cut so that two of them fit.
+
+        Raises:
+            InputError: a token's score depends on the tokens after it, so the model is not causal.
+        """
+        sample = _sample(dense, max(_SHORTEST, token_budget // 2))
+        longest = int(sample.input_lengths.max())
+        known = _KNOWN.setdefault(self._base, {})
+        attention = getattr(getattr(self._base, "config", None), "_attn_implementation", None)
+        key = (self.head.mode, attention, setting)
+        if key in known and known[key][0] >= longest:
+            return known[key][1]
+        with torch.no_grad(), evaluation_mode(self._base):
+            try:
+                fitness = self._try(sample, device, scope)
+            except torch.OutOfMemoryError:
+                return Fitness(packed="there was no memory to verify it")
+        if fitness is None:
+            return Fitness(packed="its hidden states are not finite")
+        known[key] = (longest, fitness)
+        return fitness
+
+    def _try(self, sample: DenseRollouts, device: torch.device, scope: Scope) -> Fitness | None:
+        everything = range(len(sample.tokens))
+
+        def wide(batch: Microbatch) -> Tensor:
+            with model_precision(self._base, "float32"):
+                return self(batch).float()
+
+        def alone(i: int, dense: DenseRollouts = sample) -> Tensor:
+            return wide(padded(dense, [i], device, device))
+
+        together = padded(sample, everything, device, device)
+        row = packed(sample, everything, device, device)
+        reference = wide(together)
+        if not reference.isfinite().all():
+            return None
+        singles = [alone(i) for i in everything]
+        # sequence 1 is sequence 0 cut short: what was cut off must be nothing to it
+        if _distance(singles[1], singles[0][: len(singles[1])]) > _TOLERANCE:
+            end = int(sample.input_lengths[0]) - 1
+            shorter = alone(0, sample.shortened([0], [end]))
+            if _distance(shorter, singles[0][:end]) > _TOLERANCE:
+                raise InputError(
+                    f"{type(self._base).__name__} is not causal: what it says of a token depends on later tokens, so "
+                    "it gives no probability of a sequence; pass a causal language model (for BERT-like classes, a "
+                    "configuration with is_decoder=True)"
+                )
+            why = "its hidden states depend on the length of a sequence"
+            return Fitness(why, why)
+        truth = torch.cat(singles)
+        if _distance(reference, truth) > _TOLERANCE:
+            why = "its hidden states depend on padding"
+            return Fitness(why, why)
+        return Fitness(packed=self._packing_obstacle(wide, scope, together, row, truth))
+
+    def _packing_obstacle(
+        self, wide: Callable[[Microbatch], Tensor], scope: Scope, together: Microbatch, row: Microbatch, truth: Tensor
+    ) -> str:
+        obstacle = static_obstacle(self._base)
+        if self.head.mode == "logits":
+            obstacle = obstacle or "its own logits are needed"
+        if not self._takes_positions:
+            obstacle = obstacle or "its forward takes no position_ids"
+        if obstacle:
+            return obstacle
+        # the packed row scores the same positions in another order
+        order = _order_of(together, row)
+        try:
+            result = wide(row)[order]
+            if not _distance(result, truth) <= _TOLERANCE:
+                return "its hidden states came out differently when packed"
+            with scope():
+                noise, own = (_mean_square(x.float(), truth) for x in (self(together), self(row)[order]))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model may fail in any way on a row that it wasn't written for
+            return f"it failed when packed ({type(error).__name__}: {error})"
+        if not own <= _NOISE_RATIO * noise + _TOLERANCE**2:
+            return f"its rounding noise grew from {noise**0.5:.1e} to {own**0.5:.1e} when packed"
+        return ""
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, Fitness]]] = weakref.WeakKeyDictionary()
+
+
+def _sample(dense: DenseRollouts, limit: int) -> DenseRollouts:
+    """The longest sequence, the same cut short (a second completion of its prompt), and one of another prompt."""
+    first = int(dense.input_lengths.argmax())
+    families = dense.families(range(len(dense.tokens)))
+    others = [family[0] for family in families if first not in family]
+    chosen = [first, first, *others[:1]]
+    lengths = [min(int(dense.input_lengths[i]), limit) for i in chosen]
+    prompt = min(int(dense.prompt_lengths[first]), lengths[0])
+    lengths[1] = prompt + (lengths[0] - prompt) // 2
+    cut = dense.shortened(chosen, lengths)
+    # every position is compared, the prompt's too
+    everything = torch.arange(cut.tokens.shape[1]) <= cut.input_lengths[:, None]
+    everything[:, 0] = False
+    return DenseRollouts(cut.tokens, cut.columns, everything, cut.input_lengths, cut.prompt_lengths)
+
+
+def _order_of(together: Microbatch, row: Microbatch) -> Tensor:
+    """Where the positions of `together` are among those of `row`, which scores the same ones."""
+    width = int(max(together.columns.max(), row.columns.max())) + 1
+    found = torch.argsort(row.rows * width + row.columns)
+    wanted = torch.argsort(together.rows * width + together.columns)
+    order = torch.empty_like(found)
+    order[wanted] = found
+    return order
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """The largest relative difference of a row; NaN where one is not finite."""
+    return float(((x - y).norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).max())
+
+
+def _mean_square(x: Tensor, y: Tensor) -> float:
+    return float(((x - y).norm(dim=1) / y.norm(dim=1).clamp_min(1e-12)).square().mean())
