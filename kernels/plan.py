@@ -18,10 +18,10 @@ BLOCK = 1024
 
 
 class ActiveRows(NamedTuple):
-    """Rows to compute, on the device: the first `count` entries of `rows`, flat positions of the targets."""
+    """Rows to compute: the first `counters[0]` entries of `rows`, flat positions of the targets; all on the device."""
 
     rows: torch.Tensor
-    count: torch.Tensor
+    counters: torch.Tensor
 
 
 class Sequences(NamedTuple):
@@ -29,7 +29,6 @@ class Sequences(NamedTuple):
 
     Attributes:
         pending: (N,) int32, active rows of each sequence.
-        arrivals: (N,) int32, zeros; rows that are done.
         lengths: (N,) int32, counted tokens.
         eos_column: (N,) int64, the first generated EOS or −1.
         runs_past_eos: (N,) bool.
@@ -37,7 +36,6 @@ class Sequences(NamedTuple):
     """
 
     pending: torch.Tensor
-    arrivals: torch.Tensor
     lengths: torch.Tensor
     eos_column: torch.Tensor
     runs_past_eos: torch.Tensor
@@ -45,9 +43,7 @@ class Sequences(NamedTuple):
 
 
 @triton.jit
-def split_positions(
-    is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
-):
+def split_positions(is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
     """Append the active positions of a block to the list and write zeros where nothing will be computed."""
     flags = is_active.to(tl.int32)
     first = tl.atomic_add(count_ptr, tl.sum(flags, 0), sem="relaxed")
@@ -74,9 +70,7 @@ def list_active_kernel(
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = position < positions
     is_active = tl.load(mask_ptr + position, mask=inside, other=0) != 0
-    split_positions(
-        is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
-    )
+    split_positions(is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
 
 
 @triton.jit(do_not_specialize=["columns", "eos_count"])
@@ -180,12 +174,9 @@ def finish_sequence(
     tl.store(sums_ptr + 2 * sequences + sequence, tl.sum(emitted, 0))
 
 
-def list_active(mask: torch.Tensor, out: RowStats) -> ActiveRows:
+def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> ActiveRows:
     """The list of True positions of a contiguous bool mask; zeros go to `out` at the others."""
-    active = ActiveRows(
-        torch.empty(mask.numel(), dtype=torch.int32, device=mask.device),
-        torch.zeros(1, dtype=torch.int32, device=mask.device),
-    )
+    active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
     grid = (triton.cdiv(mask.numel(), BLOCK),)
     list_active_kernel[grid](mask, *active, *out, mask.numel(), BLOCK=BLOCK)
     return active
@@ -199,6 +190,7 @@ def plan_sequences(
     include_eos: bool,
     stop_at_eos: bool,
     out: RowStats,
+    counters: torch.Tensor,
 ) -> tuple[ActiveRows, Sequences]:
     """Lengths, EOS and active rows of N sequences, in one launch; `reference.masks.token_masks` is the contract.
 
@@ -210,14 +202,13 @@ def plan_sequences(
         include_eos: whether the EOS counts.
         stop_at_eos: whether what follows the EOS is dropped.
         out: (N, T) each; zeros are written where no token was emitted.
+        counters: zeros; the first counts the active rows.
     """
     n, columns = tokens.shape
     device = tokens.device
-    counters = torch.zeros(n + 1, dtype=torch.int32, device=device)
-    active = ActiveRows(torch.empty(n * columns, dtype=torch.int32, device=device), counters[:1])
+    active = ActiveRows(torch.empty(n * columns, dtype=torch.int32, device=device), counters)
     sequences = Sequences(
         pending=torch.empty(n, dtype=torch.int32, device=device),
-        arrivals=counters[1:],
         lengths=torch.empty(n, dtype=torch.int32, device=device),
         eos_column=torch.empty(n, dtype=torch.int64, device=device),
         runs_past_eos=torch.empty(n, dtype=torch.bool, device=device),

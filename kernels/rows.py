@@ -59,11 +59,9 @@ def row_stats_kernel(
     peak_ptr,
     log_sum_ptr,
     active_ptr,
-    active_count_ptr,
+    counters_ptr,
     partials_ptr,
-    arrivals_ptr,
     pending_ptr,
-    sequence_arrivals_ptr,
     eos_column_ptr,
     sums_ptr,
     rows,
@@ -103,7 +101,7 @@ def row_stats_kernel(
     whole_blocks = vocab // BLOCK
     per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
     if active_ptr is not None:
-        rows = tl.load(active_count_ptr)
+        rows = tl.load(counters_ptr)
     parts = tl.where(rows < split_below, SEGMENTS, 1)
     for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
         index = unit // parts
@@ -156,7 +154,7 @@ def row_stats_kernel(
                 tl.store(own_ptr + 2 * LANES, r_row)
                 tl.store(own_ptr + 3 * LANES, e_row)
                 tl.debug_barrier()
-                complete = tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") == parts - 1
+                complete = tl.atomic_add(counters_ptr + 1 + index, 1, sem="acq_rel") == parts - 1
                 if complete:
                     m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
                     for segment in range(SEGMENTS):
@@ -178,7 +176,7 @@ def row_stats_kernel(
             tl.store(log_sum_ptr + row, log_sum)
             if SEQUENCES:
                 tl.debug_barrier()
-                done = tl.atomic_add(sequence_arrivals_ptr + outer, 1, sem="acq_rel") + 1
+                done = tl.atomic_add(counters_ptr + 1 + split_below + outer, 1, sem="acq_rel") + 1
                 if done == tl.load(pending_ptr + outer):
                     finish_sequence(
                         outer,
@@ -212,9 +210,13 @@ def row_stats(
         settings: launch settings; from the table by default.
     """
     out = _empty_stats(logits, targets)
-    if targets.numel() > 0:
-        active = None if mask is None else list_active(mask, out)
-        _launch(logits, targets, bias, transform, out, settings, active)
+    if targets.numel() == 0:
+        return out
+    launch = settings or forward_settings(logits)
+    active = None
+    if mask is not None:
+        active = list_active(mask, out, new_counters(launch, logits.device))
+    _launch(logits, targets, bias, transform, out, launch, active)
     return out
 
 
@@ -245,11 +247,24 @@ def sequence_stats(
         settings: launch settings; from the table by default.
     """
     out = _empty_stats(logits, tokens)
+    launch = settings or forward_settings(logits)
+    counters = new_counters(launch, logits.device, sequences=len(tokens))
     active, sequences = plan_sequences(
-        tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out
+        tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
     )
-    _launch(logits, tokens, bias, transform, out, settings, active, sequences, include_eos)
+    if tokens.numel() > 0:
+        _launch(logits, tokens, bias, transform, out, launch, active, sequences, include_eos)
     return out, sequences
+
+
+def new_counters(settings: Settings, device: torch.device, sequences: int = 0) -> torch.Tensor:
+    """Zeros: active rows, arrivals at each row that is split, arrivals at each sequence."""
+    return torch.zeros(1 + split_below(settings, device) + sequences, dtype=torch.int32, device=device)
+
+
+def split_below(settings: Settings, device: torch.device) -> int:
+    """With fewer active rows than this, programs share rows."""
+    return multiprocessors(device) * settings.split if settings.segments > 1 else 0
 
 
 def _empty_stats(logits: torch.Tensor, targets: torch.Tensor) -> RowStats:
@@ -263,49 +278,49 @@ def _launch(
     bias: torch.Tensor | None,
     transform: Transform,
     out: RowStats,
-    settings: Settings | None,
+    settings: Settings,
     active: ActiveRows | None,
     sequences: Sequences | None = None,
     include_eos: bool = True,
 ) -> None:
     _, inner, vocab = logits.shape
     rows = targets.numel()
-    dtype, device = out.logprob.dtype, logits.device
+    device = logits.device
     width = vector_width(logits)
-    settings = settings or forward_settings(vocab, logits.element_size(), width)
-    resident = multiprocessors(device) * settings.per_multiprocessor
+    few = split_below(settings, device)
     segments = settings.segments
-    split_below = resident if segments > 1 else 0
-    partials = arrivals = None
+    partials = None
+    counters = None if active is None else active.counters
     if segments > 1:
-        # the kernel is the same, and so are its arguments' types, whether rows are split or not
-        most = min(rows, split_below)
-        new = torch.zeros if active is not None or rows < split_below else torch.empty
-        partials = torch.empty(most, segments, 4, settings.lanes, dtype=dtype, device=device)
-        arrivals = new(most, dtype=torch.int32, device=device)
-    # without a list the hardware hands out rows; with one, resident programs walk a list of unknown length
-    programs = rows * (segments if rows < split_below else 1)
-    if active is not None:
-        programs = min(rows * segments, resident)
+        # split or not, the kernel is the same one, and so are the types of what it is given
+        partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=out.logprob.dtype, device=device)
+        if active is None:
+            counters = new_counters(settings, device) if rows < few else out.peak.view(torch.int32)
+    if active is None:
+        # the hardware hands out the rows
+        programs = rows * (segments if rows < few else 1)
+    else:
+        # resident programs walk a list whose length is known on the device alone
+        programs = min(rows * segments, multiprocessors(device) * settings.resident)
     row_stats_kernel[(programs,)](
         logits,
         bias,
         targets,
         *out,
-        *(active or (None, None)),
+        None if active is None else active.rows,
+        counters,
         partials,
-        arrivals,
-        *((None,) * 4 if sequences is None else (sequences.pending, sequences.arrivals, sequences.eos_column, sequences.sums)),
+        *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
         rows,
         inner,
         vocab,
         logits.stride(0),
         logits.stride(1),
-        split_below,
+        few,
         0 if sequences is None else logits.shape[0],
         transform.factor,
         transform.squeeze or 0.0,
-        ACC=TRITON_DTYPE[dtype],
+        ACC=TRITON_DTYPE[out.logprob.dtype],
         SOFTCAP=transform.softcap is not None,
         EVEN=vocab % width == 0,
         SEQUENCES=sequences is not None,

@@ -33,6 +33,26 @@ def gradient_or_zero(gradient_ptr, row, ACC: tl.constexpr):
     return gradient
 
 
+@triton.jit
+def gradient_block(
+    source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Read a block of one row, write its gradient; `inside` masks both (None: the block lies within the row)."""
+    fill: tl.constexpr = None if inside is None else 0.0
+    w = tl.load(source_ptr, mask=inside, other=fill, eviction_policy="evict_first").to(peak.dtype)
+    if bias_ptr is not None:
+        w += tl.load(bias_ptr + cols, mask=inside, other=fill).to(peak.dtype)
+    if SOFTCAP:
+        w = tanh(w * squeeze)
+    d = w - peak
+    dw = tl.exp2(d * alpha - offset) * (b0 + b1 * tl.maximum(d, LOWEST))
+    dw = tl.where(cols == target, at_target, dw)
+    if SOFTCAP:
+        dw *= (1.0 - w * w) * squeeze
+    tl.store(out_ptr, dw.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces"])
 def row_stats_backward_kernel(
     out_ptr,
@@ -61,21 +81,28 @@ def row_stats_backward_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     k = tl.full([], factor, ACC)
+    alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
-    # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide accesses
-    stride_outer = stride_outer // WIDTH * WIDTH
-    stride_inner = stride_inner // WIDTH * WIDTH
-    out_outer = out_outer // WIDTH * WIDTH
-    out_inner = out_inner // WIDTH * WIDTH
+    row = tl.program_id(0) // pieces
+    outer = row // inner
+    column = (row - outer * inner).to(tl.int64)
+    outer = outer.to(tl.int64)
+    row_start = outer * stride_outer + column * stride_inner
+    # Rows may start anywhere; blocks start at multiples of WIDTH, before the row's first element if need be. Source
+    # and gradient are alike in this (see the launcher), so both are accessed in full width.
     if EVEN:
+        phase = 0
         vocab = vocab // WIDTH * WIDTH
-    row = (tl.program_id(0) // pieces).to(tl.int64)
-    first = tl.program_id(0) % pieces * (BLOCK * STEPS)
-    row_ptr = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
-    out_ptr += (row // inner) * out_outer + (row % inner) * out_inner
+    else:
+        phase = (row_start % WIDTH).to(tl.int32)
+    start = tl.program_id(0) % pieces * BLOCK
+    elements = tl.arange(0, BLOCK)
+    cols = start - phase + elements
+    source_ptr = logits_ptr + row_start // WIDTH * WIDTH + start + elements
+    out_ptr += (outer * out_outer + column * out_inner) // WIDTH * WIDTH + start + elements
+    within = (start >= phase) & (start - phase + BLOCK <= vocab)
     active = True
     if mask_ptr is not None:
         active = tl.load(mask_ptr + row).to(tl.int1)
@@ -90,33 +117,26 @@ def row_stats_backward_kernel(
         g_lse = gradient_or_zero(grad_lse_ptr, row, ACC)
         b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
         b1 = -k * k * g_entropy
-        p_target = tl.exp(logprob)
-        pull = p_target * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
+        pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
         at_target = k * (g * one_minus_exp(logprob) + pull)
-        alpha = k * LOG2E
         offset = log_sum * LOG2E
-        for step in tl.static_range(STEPS):
-            start = first + step * BLOCK
-            cols = tl.arange(0, BLOCK)
-            inside = cols < vocab - start
-            w = tl.load(row_ptr + start + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
-            if bias_ptr is not None:
-                w += tl.load(bias_ptr + start + cols, mask=inside, other=0.0).to(ACC)
-            if SOFTCAP:
-                w = tanh(w * squeeze)
-            d = w - peak
-            p = tl.exp2(d * alpha - offset)
-            dw = p * (b0 + b1 * tl.maximum(d, LOWEST))
-            dw = tl.where(cols == target - start, at_target, dw)
-            if SOFTCAP:
-                dw *= (1.0 - w * w) * squeeze
-            tl.store(out_ptr + start + cols, dw.to(out_ptr.dtype.element_ty), mask=inside)
+        if within:
+            gradient_block(
+                source_ptr, out_ptr, bias_ptr, cols, None, target, at_target, peak, alpha, offset, b0, b1, squeeze,
+                SOFTCAP,
+            )  # fmt: skip
+        else:
+            inside = (cols >= 0) & (cols < vocab)
+            gradient_block(
+                source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
+                SOFTCAP,
+            )  # fmt: skip
     else:
-        for step in tl.static_range(STEPS):
-            cols = tl.arange(0, BLOCK)
-            start = first + step * BLOCK
-            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-            tl.store(out_ptr + start + cols, zeros, mask=cols < vocab - start)
+        zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+        if within:
+            tl.store(out_ptr, zeros)
+        else:
+            tl.store(out_ptr, zeros, mask=(cols >= 0) & (cols < vocab))
 
 
 def row_stats_backward(
@@ -143,12 +163,12 @@ def row_stats_backward(
         out: (outer, inner, vocab), in the logits' dtype; may be `logits`.
         settings: launch settings; from the table by default.
     """
-    _, inner, vocab = logits.shape
-    width = min(vector_width(logits), vector_width(out))
-    settings = settings or backward_settings(vocab, logits.element_size(), width)
     if targets.numel() == 0:
         return
-    pieces = triton.cdiv(vocab, settings.block * settings.steps)
+    _, inner, vocab = logits.shape
+    width = common_width(logits, out)
+    settings = settings or backward_settings(logits.element_size())
+    pieces = triton.cdiv(vocab + width - 1, settings.block)
     row_stats_backward_kernel[(targets.numel() * pieces,)](
         out,
         logits,
@@ -168,9 +188,18 @@ def row_stats_backward(
         transform.squeeze or 0.0,
         ACC=TRITON_DTYPE[arithmetic_dtype(logits.dtype)],
         SOFTCAP=transform.softcap is not None,
-        EVEN=vocab % width == 0,
+        EVEN=vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
         BLOCK=settings.block,
         WIDTH=width,
-        STEPS=settings.steps,
         num_warps=settings.warps,
     )
+
+
+def common_width(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Elements of the widest access that suits both tensors, 16 bytes where their rows start alike."""
+    widest = 16 // a.element_size()
+    if a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0:
+        apart = [(x - y) % widest for x, y in zip(a.stride()[:2], b.stride()[:2], strict=True)]
+        if not any(apart):
+            return widest
+    return min(vector_width(a), vector_width(b))

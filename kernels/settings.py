@@ -12,12 +12,13 @@ class Settings(NamedTuple):
     """Block shape and launch parameters of the forward over rows of logits.
 
     Attributes:
-        unroll: steps of `lanes` × width elements in a block.
+        unroll: 16-byte loads of a lane in a block.
         lanes: independent running sums of a program.
         warps: warps of a program.
         stages: depth of the software pipeline of loads.
         segments: pieces that a row is cut into; part of the result's bits, so never a function of the number of rows.
-        per_multiprocessor: programs resident on a multiprocessor.
+        resident: programs that a multiprocessor runs at once.
+        split: rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
     """
 
@@ -26,15 +27,15 @@ class Settings(NamedTuple):
     warps: int
     stages: int
     segments: int
-    per_multiprocessor: int
+    resident: int
+    split: int
     registers: int | None = None
 
 
 class BackwardSettings(NamedTuple):
-    """Block shape of the backward: programs of `steps` blocks of `block` elements of one row, `warps` warps each."""
+    """Elements of a row that a program of the backward takes, and its warps."""
 
     block: int
-    steps: int
     warps: int
 
 
@@ -50,13 +51,20 @@ def vector_width(logits: torch.Tensor) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of full size the device runs at once; 1 off the GPU, where kernels are interpreted."""
+    """Multiprocessors of the device; 1 off the GPU, where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_settings(vocab: int, itemsize: int, width: int) -> Settings:
-    return Settings(2, 256, 8, 3, 1 if vocab < 16384 else 4, 4)
+def forward_settings(logits: torch.Tensor) -> Settings:
+    """The table's entry for these logits."""
+    vocab = logits.shape[-1]
+    if vocab < 2048:
+        return Settings(2, 32, 1, 3, 1, 16, 0)
+    if vocab < 65536:
+        return Settings(2, 64, 2, 6, 1, 16, 0)
+    return Settings(2, 128, 4, 3, 4, 8, 4, 64)
 
 
-def backward_settings(vocab: int, itemsize: int, width: int) -> BackwardSettings:
-    return BackwardSettings(4096, 2, 8)
+def backward_settings(itemsize: int) -> BackwardSettings:
+    """The table's entry for logits of `itemsize` bytes."""
+    return BackwardSettings(8192 // itemsize, 8)
