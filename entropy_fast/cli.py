@@ -6,56 +6,37 @@ progress and messages on stderr. What needs torch is imported when a command run
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from entropy_fast._version import __version__
-from entropy_fast.console import quiet_libraries, say, say_error, stage_bars
+from entropy_fast.cli_options import (
+    HOW,
+    WHAT,
+    WHERE,
+    Commands,
+    ConfigOption,
+    DeviceOption,
+    DTypeOption,
+    ModelArgument,
+    Precision,
+    RolloutsArgument,
+    SetOption,
+    example,
+)
+from entropy_fast.console import say, stage_bars
 from entropy_fast.errors import InputError
 
 if TYPE_CHECKING:
     from entropy_fast.config import Config
 
 
-class _Commands(TyperGroup):
-    """Turns what a user can mend into one line and exit status 2, and Ctrl-C into 130; no tracebacks for either."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with quiet_libraries():
-                return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted; nothing half-written was left behind")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except InputError as error:
-            say_error(str(error))
-            raise typer.Exit(2) from None
-        except OSError as error:
-            say_error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-            raise typer.Exit(2) from None
-
-
-class Precision(StrEnum):
-    """The choices of `--dtype`."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     name="entropy-fast",
     help="By how much did a language model's policy entropy change, and can the number be believed?",
     epilog="Start with [bold]entropy-fast demo[/bold]: half a minute, nothing downloaded, and files to try the "
@@ -66,42 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_WHAT, _HOW, _WHERE = "What to compute", "How", "Machine"
-
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that transformers can load.")]
-RolloutsArgument = Annotated[
-    str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSON lines ('-' reads stdin); see docs/rollouts.md.")
-]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="YAML", help="A configuration file.", rich_help_panel=_WHAT)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Set one configuration key, [bold]entropy.unit=per_token[/bold] say; repeatable.",
-        rich_help_panel=_WHAT,
-    ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:1, ...; by default the GPU where there is one.", rich_help_panel=_WHERE),
-]
-DTypeOption = Annotated[
-    Precision,
-    typer.Option(
-        metavar="DTYPE",
-        help="The weights' precision: float32, bfloat16, float16, or auto for the checkpoint's own.",
-        rich_help_panel=_WHERE,
-    ),
-]
-
-
-def _example(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *(f"[cyan]entropy-fast {command}[/cyan]" for command in commands)])
 
 
 def _version(wanted: bool) -> None:
@@ -119,7 +64,7 @@ def _root(
     pass
 
 
-@app.command(epilog=_example("demo -o demo-report --seed 1"))
+@app.command(epilog=example("demo -o demo-report --seed 1"))
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo-report"),
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the samples.")] = 0,
@@ -154,7 +99,7 @@ def demo(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "sample demo-report/original demo-report/prompts.jsonl -g 16 -o rollouts.jsonl",
         "sample MODEL prompts.jsonl | entropy-fast score MODEL -",
     )
@@ -170,16 +115,16 @@ def sample(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="The rollouts file; '-' writes to stdout.")] = "-",
     group_size: Annotated[
-        int, typer.Option("--group-size", "-g", min=1, help="Completions of each prompt.", rich_help_panel=_HOW)
+        int, typer.Option("--group-size", "-g", min=1, help="Completions of each prompt.", rich_help_panel=HOW)
     ] = 8,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a completion.", rich_help_panel=_HOW)
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a completion.", rich_help_panel=HOW)
     ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="Divides the logits.", rich_help_panel=_HOW)
+        float, typer.Option("--temperature", "-t", help="Divides the logits.", rich_help_panel=HOW)
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.", rich_help_panel=_HOW)] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.", rich_help_panel=_WHERE)] = 64,
+    seed: Annotated[int, typer.Option(help="Of the draw.", rich_help_panel=HOW)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.", rich_help_panel=WHERE)] = 64,
     device: DeviceOption = None,
     dtype: DTypeOption = Precision.auto,
 ) -> None:
@@ -218,7 +163,7 @@ def sample(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "score demo-report/original demo-report/rollouts.jsonl -o scores.parquet",
         "score demo-report/original demo-report/rollouts.jsonl --per-token | head -1",
     )
@@ -231,7 +176,7 @@ def score(
         typer.Option("--output", "-o", help="A .parquet, .jsonl or .csv file; '-' writes JSON lines to stdout."),
     ] = "-",
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="Also the log-prob and entropy of every token.", rich_help_panel=_WHAT)
+        bool, typer.Option("--per-token", help="Also the log-prob and entropy of every token.", rich_help_panel=WHAT)
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -257,7 +202,7 @@ def score(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "compare demo-report/original demo-report/updated-rl demo-report/rollouts.jsonl -o report",
         "compare BASE ADAPTER rollouts.jsonl --set entropy.unit=per_token --json | jq .verdict",
     )
@@ -274,7 +219,7 @@ def compare(
         "report"
     ),
     json_: Annotated[
-        bool, typer.Option("--json", help="Print report.json on stdout instead of the table.", rich_help_panel=_WHAT)
+        bool, typer.Option("--json", help="Print report.json on stdout instead of the table.", rich_help_panel=WHAT)
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -313,16 +258,21 @@ def compare(
 
 
 @app.command(
-    epilog="[dim]Example:[/dim]  entropy-fast sweep demo-report/original demo-report/updated-rl "
-    "demo-report/rollouts.jsonl --eta 0.25 --eta 0.5 --eta 1 --eta 2 -o sweep"
+    epilog=example(
+        "sweep demo-report/original demo-report/updated-rl demo-report/rollouts.jsonl --eta 0.5 --eta 1 --eta 2",
+    )
 )
 def sweep(
-    original: Annotated[Path, typer.Argument(help="The policy that the rollouts were drawn from: η = 0.")],
-    updated: Annotated[Path, typer.Argument(help="The same model after the update, or a LoRA adapter: η = 1.")],
+    original: Annotated[
+        Path, typer.Argument(metavar="ORIGINAL", help="The policy that the rollouts were drawn from: η = 0.")
+    ],
+    updated: Annotated[
+        Path, typer.Argument(metavar="UPDATED", help="The same model after the update, or a LoRA adapter: η = 1.")
+    ],
     rollouts: RolloutsArgument,
     eta: Annotated[
         list[float] | None,
-        typer.Option("--eta", help="A step, in units of the update; repeatable.", rich_help_panel=_WHAT),
+        typer.Option("--eta", help="A step, in units of the update; repeatable.", rich_help_panel=WHAT),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for sweep.json and sweep.png.")] = Path(
         "sweep"
@@ -341,9 +291,11 @@ def sweep(
 
     from entropy_fast.checkpoints import sweep_checkpoints
     from entropy_fast.jsonl import read_rollouts
+    from entropy_fast.report import check_folder
     from entropy_fast.report.sweep import SweepReport, render
 
     settings = _configuration(config, assignments)
+    check_folder(output)
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
@@ -367,12 +319,12 @@ def sweep(
     say("written: " + ", ".join(map(str, written)), style="dim")
 
 
-@app.command(epilog="[dim]Example:[/dim]  entropy-fast calibrate demo-report/original demo-report/rollouts.jsonl")
+@app.command(epilog=example("calibrate demo-report/original demo-report/rollouts.jsonl"))
 def calibrate(
     model: ModelArgument,
     rollouts: RolloutsArgument,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.", rich_help_panel=_WHAT)
+        bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.", rich_help_panel=WHAT)
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,

@@ -242,6 +242,31 @@ def test_compare_with_a_lora_adapter(place, tmp_path):
     assert "adapter" in message
 
 
+def test_sweep_ends_where_compare_is(place, tmp_path):
+    """η = 1 is the updated checkpoint; halfway, the oracle's model has the mean of the two weights."""
+    from transformers import AutoModelForCausalLM
+
+    folders = (place / "original", place / "updated")
+    result = run("sweep", *folders, place / "rollouts.jsonl", "--eta", 0.5, "--eta", 1, "-o", tmp_path / "sweep")
+    report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    half, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    with torch.no_grad():
+        for a, b in zip(half.parameters(), other.parameters(), strict=True):
+            a.copy_((a + b) / 2)
+    half.save_pretrained(tmp_path / "half")
+    for point, folder in zip(report["changes"], (tmp_path / "half", place / "updated"), strict=True):
+        sequence, token = oracle_change(place, folder)
+        assert math.isclose(point["sequence"]["value"], sequence, abs_tol=2e-3)
+        assert math.isclose(point["per_token"]["value"], token, abs_tol=2e-4)
+    assert "δH₁" in result.stdout
+
+
+def test_calibrate_tells_the_noise(place):
+    noise = json.loads(run("calibrate", place / "original", place / "rollouts.jsonl", "--json").stdout)
+    assert noise
+    assert run("calibrate", place / "original", place / "rollouts.jsonl").stdout.strip()
+
+
 def test_rollouts_are_scored_at_the_temperature_that_drew_them(place, tmp_path):
     rollouts = tmp_path / "cool.jsonl"
     run("sample", place / "original", place / "prompts.jsonl", "-o", rollouts, "-g", 4, "-n", 8, "-t", 0.7)
