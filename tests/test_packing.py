@@ -1,0 +1,171 @@
+"""Packed rows against right-padded ones and against each sequence alone; models that cannot be packed."""
+
+import pytest
+import torch
+import transformers as tf
+from tiny_models import VOCAB, tiny
+
+from entropy_fast.errors import EntropyFastWarning, InputError
+from entropy_fast.layout import DenseRollouts, Layout
+from entropy_fast.microbatch import Segments, packed
+from entropy_fast.packing import attention, packed_attention
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.scoring import Scorer, Scoring, score
+
+
+def grouped(seed=0, prompts=3, group=4, longest=30):
+    """Prompts of uneven length with `group` completions each, some of them empty or of one token."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        n = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(3, VOCAB, (n,), generator=g).tolist()
+
+    heads = [p for p in (ids(1, 20) for _ in range(prompts)) for _ in range(group)]
+    tails = [ids(0, longest) for _ in heads]
+    tails[1], tails[2] = [], [7]
+    return Rollouts.from_lists(heads, tails)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "cohere", "phi"])
+@pytest.mark.parametrize("budget", [2048, 40])
+def test_packed_rows_score_what_padded_rows_and_lone_sequences_score(name, budget):
+    model, r = tiny(name, dtype=torch.float64), grouped()
+    row = score(model, r, packing=True, token_budget=budget)
+    rows = score(model, r, packing=False, token_budget=budget)
+    alone = score(model, r, packing=False, max_sequences=1)
+    assert row.layout.packed
+    assert not rows.layout.packed
+    for other in (rows, alone):
+        torch.testing.assert_close(row.logprob, other.logprob, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(row.entropy, other.entropy, rtol=1e-11, atol=1e-11)
+
+
+def test_float32_stays_within_a_ten_thousandth_of_a_nat():
+    model, r = tiny("llama"), grouped(seed=1, longest=110)
+    row, rows = score(model, r, packing=True), score(model, r, packing=False)
+    assert (row.S - rows.S).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 64])
+def test_sliding_windows_reach_as_far_as_the_model_says(window):
+    model = tiny("qwen2", dtype=torch.float64, use_sliding_window=True, sliding_window=window)
+    model.config.layer_types = ["sliding_attention"] * 2
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window, layer.self_attn.layer_type = window, "sliding_attention"
+        layer.attention_type = "sliding_attention"
+    model.model.has_sliding_layers = True
+    r = grouped(seed=2)
+    row, rows = score(model, r, packing=None), score(model, r, packing=False)
+    assert row.layout.packed
+    torch.testing.assert_close(row.S, rows.S, rtol=1e-11, atol=1e-11)
+
+
+def test_a_softcap_and_a_sink_enter_the_softmax():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    sink = torch.randn(2, dtype=torch.float64)
+    model = tiny("llama")
+    with packed_attention(model, Segments((5,), (5,), None)):
+        out, _ = attention(torch.nn.Module(), q, k, v, None, scaling=0.5, softcap=2.0, s_aux=sink)
+    for head in range(2):
+        for i in range(5):
+            z = 2.0 * torch.tanh(0.5 * (k[0, head, : i + 1] @ q[0, head, i]) / 2.0)
+            weights = z.exp() / (z.exp().sum() + sink[head].exp())
+            torch.testing.assert_close(out[0, i, head], weights @ v[0, head, : i + 1])
+
+
+def test_a_prompt_stands_once_in_its_row():
+    r = Rollouts.from_lists([[5, 6, 7]] * 3 + [[8, 9]], [[20, 21, 2], [30, 31], [40], [50, 51]])
+    dense = DenseRollouts.pack(r, Scorer(tiny("llama"), r, Scoring()).masks)
+    batch = packed(dense, (0, 1, 2, 3), torch.device("cpu"), torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 20, 21, 30, 8, 9, 50]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.targets.tolist() == [20, 21, 2, 30, 31, 40, 50, 51]
+    assert batch.active.tolist() == [2, 3, 4, 2, 5, 2, 7, 8]
+
+
+def test_layouts_by_prompt_hold_every_sequence_once_in_even_shares():
+    r = grouped(seed=3, prompts=9)
+    dense = Scorer(tiny("llama"), r, Scoring()).dense
+    layout = Layout.by_prompt(dense, 100)
+    held = [i for group in layout.microbatches for i in group]
+    assert sorted(held) == [i for i in range(len(r)) if dense.input_lengths[i] > 0]
+    assert all(layout.tokens(dense, group) <= 100 or len(group) == 1 for group in layout.microbatches)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_same_weights_score_to_the_same_bits(packing):
+    model, r = tiny("qwen2", dtype=torch.bfloat16), grouped()
+    first = score(model, r, packing=packing)
+    again = score(model, r, layout=first.layout)
+    assert torch.equal(first.logprob, again.logprob)
+    assert torch.equal(first.entropy, again.entropy)
+
+
+def test_the_model_gets_its_attention_back_also_after_an_error():
+    model, r = tiny("llama"), grouped()
+    before = model.config._attn_implementation
+    score(model, r)
+    assert model.config._attn_implementation == before
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        score(model, r)
+    assert model.config._attn_implementation == before
+
+
+def recurrent():
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_recurrent_model_is_padded_and_says_why_when_packing_is_insisted_on():
+    model, r = recurrent(), grouped()
+    assert not score(model, r).layout.packed
+    with pytest.raises(InputError, match="cannot be packed, because"):
+        score(model, r, packing=True)
+
+
+def test_a_leak_between_sequences_is_noticed():
+    """A short convolution over the row: only the first tokens of a segment see a neighbour."""
+    model, r = tiny("llama"), grouped()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda _, __, h: h + 0.1 * torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1))
+    assert not score(model, r).layout.packed
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model, r = tiny("llama"), grouped()
+    model.model.norm.register_forward_hook(lambda _, __, h: h + 0.1 * h.mean(1, keepdim=True))
+    with pytest.raises(InputError, match="is not causal"):
+        score(model, r)
+
+
+def test_a_model_that_padding_disturbs_is_scored_one_sequence_at_a_time():
+    model, r = tiny("llama"), grouped()
+
+    def disturbed(_, __, h):
+        return h * (1.0 + 0.01 * (h.shape[0] - 1))
+
+    model.model.norm.register_forward_hook(disturbed)
+    with pytest.warns(EntropyFastWarning, match="one at a time"):
+        scores = score(model, r)
+    assert all(len(group) == 1 for group in scores.layout.microbatches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_flash_attention_is_as_near_to_float64_as_padding_is(name):
+    r = grouped(prompts=8)
+    model = tiny(name, dtype=torch.bfloat16)
+    exact = score(tiny(name, dtype=torch.bfloat16).double(), r, packing=False)
+    model = model.cuda()
+    row, rows = score(model, r, packing=True), score(model, r, packing=False)
+    noise = (rows.logprob - exact.logprob).square().mean()
+    assert (row.logprob - exact.logprob).square().mean() < 4 * noise
