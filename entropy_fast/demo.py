@@ -33,8 +33,8 @@ MAX_NEW_TOKENS = 64
 LEARNING_RATE = 1e-4
 EOS_ID, PAD_ID = 0, 1
 _TITLES = {
-    "nll": "nll: one step on the shortest entries",
-    "rl": "rl: one step that rewards longer entries",
+    "nll": "nll: shortest entries",
+    "rl": "rl: reward for length",
 }
 
 Progress = Callable[[int, int], None]
