@@ -261,12 +261,6 @@ def test_sweep_ends_where_compare_is(place, tmp_path):
     assert "δH₁" in result.stdout
 
 
-def test_calibrate_tells_the_noise(place):
-    noise = json.loads(run("calibrate", place / "original", place / "rollouts.jsonl", "--json").stdout)
-    assert noise
-    assert run("calibrate", place / "original", place / "rollouts.jsonl").stdout.strip()
-
-
 def test_rollouts_are_scored_at_the_temperature_that_drew_them(place, tmp_path):
     rollouts = tmp_path / "cool.jsonl"
     run("sample", place / "original", place / "prompts.jsonl", "-o", rollouts, "-g", 4, "-n", 8, "-t", 0.7)
