@@ -31,7 +31,7 @@ class Rollouts:
         advantages: (N,) float32, or None.
         max_lengths: (N,) int64, the generation limit of each sequence's prompt, in tokens, or None.
         sampler_logprobs: (N, T) float32, the log-probs that the sampling engine reported for the generated tokens
-            (nats, NaN where it reported none), or None.
+            (nats; other columns are not read), or None.
         shape: (B, G) when the rollouts came as a rectangular batch, so that results can be returned in that shape.
     """
 
@@ -98,7 +98,7 @@ class Rollouts:
         *,
         advantages: Iterable[float] | None = None,
         max_lengths: Iterable[int] | None = None,
-        sampler_logprobs: Sequence[Sequence[float] | None] | None = None,
+        sampler_logprobs: Sequence[Sequence[float]] | None = None,
     ) -> Rollouts:
         """Build rollouts from ragged lists of token ids, one prompt and one completion a sequence (right-padded).
 
@@ -108,7 +108,7 @@ class Rollouts:
             prompt_index: N integers; by default, equal prompts are the same prompt.
             advantages: N numbers.
             max_lengths: N generation limits, in tokens.
-            sampler_logprobs: N lists as long as the completions, or None for a sequence without them.
+            sampler_logprobs: N lists as long as the completions.
 
         Raises:
             InputError: the lists differ in length, or a prompt is empty.
@@ -132,15 +132,16 @@ class Rollouts:
         total = torch.tensor([len(row) for row in rows])
         mask = torch.arange(tokens.shape[1])[None, :] < total[:, None]
         sampler = None
-        if sampler_logprobs is not None and any(row is not None for row in sampler_logprobs):
-            sampler = torch.full(tokens.shape, float("nan"))
-            for i, row in enumerate(sampler_logprobs):
-                if row is not None:
-                    if len(row) != len(completions[i]):
-                        raise InputError(
-                            f"sampler_logprobs of sequence {i} has {len(row)} values for {len(completions[i])} tokens"
-                        )
-                    sampler[i, len(prompts[i]) : len(rows[i])] = torch.tensor(list(row))
+        if sampler_logprobs is not None:
+            sampler = torch.zeros(tokens.shape)
+            for i, (row, completion) in enumerate(zip(sampler_logprobs, completions, strict=True)):
+                if row is None or len(row) != len(completion):
+                    given = "none" if row is None else f"{len(row)} values"
+                    raise InputError(
+                        f"sampler_logprobs of sequence {i} has {given} for {len(completion)} tokens; one for each "
+                        "generated token of every sequence is needed, or none at all: leave them all out"
+                    )
+                sampler[i, len(prompts[i]) : len(rows[i])] = torch.tensor(list(row))
         return cls(
             tokens=tokens,
             attention_mask=mask,
@@ -248,6 +249,12 @@ def _check(r: Rollouts) -> None:
         raise InputError(
             "no sequence has a generated token: the attention mask is zero from prompt_lens on everywhere; "
             "check that the mask covers the completions and that prompt_lens is the start of generation"
+        )
+    if r.sampler_logprobs is not None and (r.sampler_logprobs.isnan() & r.generated).any():
+        i, j = (r.sampler_logprobs.isnan() & r.generated).nonzero()[0].tolist()
+        raise InputError(
+            f"sampler_logprobs is NaN for the generated token in column {j} of {where.format(i)}; give a number for "
+            "every generated token, or leave them all out"
         )
     if r.max_lengths is not None and (r.max_lengths < 1).any():
         raise InputError(f"max_lengths must be at least 1, got {int(r.max_lengths.min())}")

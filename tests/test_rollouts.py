@@ -78,12 +78,11 @@ def test_from_batch_flattens_prompts_and_completions():
 
 
 def test_from_lists_pads_on_the_right_and_recognises_prompts():
-    r = Rollouts.from_lists([[1, 2], [3], [1, 2]], [[4, 5], [], [6]], sampler_logprobs=[[-1.0, -2.0], None, [-3.0]])
+    r = Rollouts.from_lists([[1, 2], [3], [1, 2]], [[4, 5], [], [6]], sampler_logprobs=[[-1.0, -2.0], [], [-3.0]])
     assert r.tokens.tolist() == [[1, 2, 4, 5], [3, 0, 0, 0], [1, 2, 6, 0]]
     assert r.prompt_index.tolist() == [0, 1, 0]
     assert r.generated.sum(1).tolist() == [2, 0, 1]
     assert r.sampler_logprobs[0, 2:].tolist() == [-1.0, -2.0]
-    assert r.sampler_logprobs[1].isnan().all()
 
 
 def zero_mask(b):
@@ -124,6 +123,10 @@ def test_lists_that_do_not_fit_are_refused():
         Rollouts.from_lists([], [])
     with pytest.raises(InputError, match="2 values for 1 tokens"):
         Rollouts.from_lists([[1]], [[2]], sampler_logprobs=[[-1.0, -1.0]])
+    with pytest.raises(InputError, match="sequence 1 has none for 1 tokens.*leave them all out"):
+        Rollouts.from_lists([[1], [1]], [[2], [2]], sampler_logprobs=[[-1.0], None])
+    with pytest.raises(InputError, match="NaN for the generated token in column 1 of sequence 0"):
+        Rollouts.from_lists([[1]], [[2]], sampler_logprobs=[[float("nan")]])
 
 
 def test_ids_outside_the_vocabulary_name_sequence_and_column_but_padding_is_not_read():
