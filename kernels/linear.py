@@ -2,5 +2,6 @@
 
 from entropy_fast.kernels.linear_backward import linear_backward
 from entropy_fast.kernels.linear_forward import linear_stats
+from entropy_fast.kernels.linear_operands import filter_columns, has_accurate
 
-__all__ = ["linear_backward", "linear_stats"]
+__all__ = ["filter_columns", "has_accurate", "linear_backward", "linear_stats"]

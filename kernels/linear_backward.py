@@ -15,13 +15,16 @@ probabilities do not vanish.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.linear_operands import Operand, Tiling, program_count, tiling_for
+from entropy_fast.kernels.linear_operands import Operand, Tiling, filter_columns, program_count, tiling_for
 from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import Gradients, LinearStats
 from entropy_fast.reference.rows import RowGradients
@@ -30,6 +33,7 @@ from entropy_fast.reference.transform import Transform
 # Vocabulary columns of dz that exist at a time: enough for the GEMMs to run at full rate, and 8 × 132 tiles of
 # 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a last, partial wave.
 SLAB_COLUMNS = 8448
+# Rows of dz don't start a power of two apart, where they would crowd the same channels of memory.
 PITCH = 64
 # With few rows the slab may be wider: this many entries of dz.
 SLAB_ENTRIES = 8192 * SLAB_COLUMNS
@@ -66,6 +70,8 @@ def row_coefficients(
         target = target - g_entropy * p * (logp + stats.entropy)
         slope = g_entropy * (LN2.value * outer)
     lse = (stats.peak + stats.log_sum) * LOG2E.value
+    # a row without its target has no gradient to give
+    constant = torch.where(stats.logprob.isnan(), float("nan"), constant)
     return RowCoefficients(lse, (constant * outer).expand_as(lse).contiguous(), slope, target * outer)
 
 
@@ -102,6 +108,7 @@ def dlogits_kernel(
     SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
+    """dz of every tile, to (rows, columns) in 16 bits; with PARTS its low halves after all high ones."""
     n_row_tiles = tl.cdiv(N, BM)
     n_col_tiles = tl.cdiv(C, BN)
     for unit in tl.range(tl.program_id(0), n_units, PROGRAMS):
@@ -177,35 +184,44 @@ def linear_backward(
     stats: LinearStats,
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
+    kept: torch.Tensor | None = None,
+    precision: str = "fast",
 ) -> Gradients:
-    """Gradients to hidden states, head and bias; what `needs` leaves out costs nothing. Shapes as in `linear_stats`."""
+    """Gradients to hidden states, head and bias; what `needs` leaves out costs nothing. Shapes as in `linear_stats`.
+
+    `kept`, (slabs, rows) bool, says which rows' dz to compute in each slab of `filter_columns` tokens; elsewhere it is
+    taken for 0. Finding the rows waits for the device.
+    """
     needs_hidden, needs_weight, needs_bias = needs
-    rows, vocab = hidden.shape[0], weight.shape[0]
+    total, vocab = hidden.shape[0], weight.shape[0]
     device = hidden.device
-    tiling = tiling_for(rows, device)
-    x = Operand.of(hidden)
+    tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
-    coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
-    d_hidden = torch.zeros(rows, hidden.shape[1], dtype=torch.float32, device=device) if needs_hidden else None
+    rows = _Rows.of(hidden, targets, row_coefficients(stats, grads, transform, 1.0 if gain is None else gain))
+    d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=device) if needs_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
-    columns = slab_columns(rows, vocab, tiling)
-    # PITCH keeps rows from starting a power of two apart, where they would crowd the same channels of memory
-    workspace = torch.empty(
-        rows, columns * (2 if x.parts else 1) + PITCH, dtype=torch.bfloat16 if x.parts else hidden.dtype, device=device
-    )
-    hidden_parts = _parts(hidden) if needs_weight else ()
-    for start in range(0, vocab, columns):
+    columns = slab_columns(total, vocab, tiling) if kept is None else filter_columns(device)
+    workspace = rows.workspace(columns)
+    for start, index in zip(range(0, vocab, columns), _rows_of_slabs(kept), strict=False):
         slab = slice(start, min(start + columns, vocab))
-        local_bias = None if bias is None else bias[slab]
-        dz = _slab_dlogits(x, weight[slab], targets - start, local_bias, transform, coefficients, workspace, tiling)
+        part = rows if index is None else rows.select(index)
+        if len(part.targets) == 0:
+            for gradient in (d_weight, d_bias):
+                if gradient is not None:
+                    gradient[slab] = 0
+            continue
+        dz = _slab_dlogits(
+            part, weight[slab], start, None if bias is None else bias[slab], transform, workspace, tiling
+        )
         if d_hidden is not None:
-            _accumulate(d_hidden, _products(dz, _parts(weight[slab])))
+            _add_rows(d_hidden, index, _products(dz, _parts(weight[slab])))
         if d_weight is not None:
-            _write_products(d_weight[slab], _products([part.t() for part in dz], hidden_parts), gain)
+            _write_products(d_weight[slab], _products([t.t() for t in dz], _parts(part.hidden)), gain)
         if d_bias is not None:
-            d_bias[slab] = sum(part.sum(0, dtype=torch.float32) for part in dz)
-    del workspace, dz
+            d_bias[slab] = sum(t.sum(0, dtype=torch.float32) for t in dz)
+        del dz
+    del workspace
     if gain is not None:
         d_hidden = None if d_hidden is None else d_hidden.div_(gain)
         d_bias = None if d_bias is None else d_bias.div_(gain)
@@ -216,26 +232,74 @@ def linear_backward(
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Hidden states with what dz needs of each row."""
+
+    hidden: torch.Tensor
+    operand: Operand
+    targets: torch.Tensor
+    coefficients: RowCoefficients
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients) -> _Rows:
+        return cls(hidden, Operand.of(hidden), targets, coefficients)
+
+    def select(self, index: torch.Tensor) -> _Rows:
+        coefficients = RowCoefficients(*(None if t is None else t[index] for t in self.coefficients))
+        return _Rows.of(self.hidden[index], self.targets[index], coefficients)
+
+    def workspace(self, columns: int) -> torch.Tensor:
+        """Room for one slab of dz, flat."""
+        dtype = torch.bfloat16 if self.operand.parts else self.hidden.dtype
+        return torch.empty(len(self.targets) * self.pitch(columns), dtype=dtype, device=self.hidden.device)
+
+    def pitch(self, columns: int) -> int:
+        """Entries from one row of dz to the next."""
+        return columns * (2 if self.operand.parts else 1) + PITCH
+
+
+def _rows_of_slabs(kept: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """The rows that each slab needs; None for all."""
+    if kept is None:
+        yield from itertools.repeat(None)
+    else:
+        counts = kept.sum(1).tolist()
+        yield from kept.nonzero()[:, 1].split(counts)
+
+
+def _add_rows(
+    d_hidden: torch.Tensor, index: torch.Tensor | None, products: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """d_hidden, or its rows `index`, += Σ a @ b."""
+    if index is None:
+        _accumulate(d_hidden, products)
+    else:
+        share = torch.zeros(len(index), d_hidden.shape[1], dtype=torch.float32, device=d_hidden.device)
+        _accumulate(share, products)
+        # no row comes twice, so the order of additions is fixed
+        d_hidden.index_add_(0, index, share)
+
+
 def _slab_dlogits(
-    x: Operand,
+    part: _Rows,
     weight: torch.Tensor,
-    targets: torch.Tensor,
+    start: int,
     bias: torch.Tensor | None,
     transform: Transform,
-    coefficients: RowCoefficients,
     workspace: torch.Tensor,
     tiling: Tiling,
 ) -> list[torch.Tensor]:
-    """dz of the slab, (rows, columns) in the workspace; high and low halves for float32 operands."""
-    rows, columns = targets.shape[0], weight.shape[0]
-    w = Operand.of(weight)
-    tma = tiling.tma and x.tma and w.tma
+    """dz of the slab at `start`, (rows, columns) in the workspace; high and low halves for float32 operands."""
+    rows, columns = len(part.targets), weight.shape[0]
     n_col_tiles = triton.cdiv(columns, tiling.BN)
     padded = n_col_tiles * tiling.BN
+    pitch = part.pitch(padded)
+    dz = Operand(workspace[: rows * pitch].view(rows, pitch), pitch, None)
+    x, w = part.operand, Operand.of(weight)
     n_units = triton.cdiv(rows, tiling.BM) * n_col_tiles
     programs = min(program_count(workspace.device), n_units)
-    dz = Operand(workspace, workspace.shape[1], None)
-    per_row = (targets, *coefficients)
+    per_row = (part.targets - start, *part.coefficients)
     scalars = (transform.factor, transform.squeeze or 1.0)
     options = {
         "BM": tiling.BM,
@@ -246,7 +310,7 @@ def _slab_dlogits(
         "PARTS": x.parts,
         "HAS_BIAS": bias is not None,
         "SOFTCAP": transform.softcap is not None,
-        "HAS_ENTROPY": coefficients.slope is not None,
+        "HAS_ENTROPY": part.coefficients.slope is not None,
     }
     if tiling.specialized and x.tma and w.tma:
         from entropy_fast.kernels.linear_hopper import tiles_kernel
@@ -264,7 +328,9 @@ def _slab_dlogits(
             x.width,
             n_units,
             *scalars,
+            # a tile of dz takes the fourth buffer's place in shared memory
             STAGES=3,
+            RUN=tiling.run,
             BACKWARD=True,
             num_warps=4,
             **options,
@@ -289,12 +355,12 @@ def _slab_dlogits(
             *scalars,
             TMA=tma,
             num_warps=tiling.num_warps,
-            # a tile of dz takes its place beside the buffers in shared memory
+            # a tile of dz takes the third buffer's place in shared memory
             num_stages=2,
             **options,
         )
-    high = workspace[:, :columns]
-    return [high, workspace[:, padded : padded + columns]] if x.parts else [high]
+    high = dz.data[:, :columns]
+    return [high, dz.data[:, padded : padded + columns]] if x.parts else [high]
 
 
 def _gain(stats: LinearStats, grads: RowGradients) -> torch.Tensor:

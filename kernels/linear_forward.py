@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.linear_operands import Operand, Tiling, program_count, slabs, tiling_for
+from entropy_fast.kernels.linear_operands import Operand, Tiling, filter_columns, program_count, slabs, tiling_for
 from entropy_fast.kernels.linear_tiles import LN2, LOWEST, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
@@ -52,6 +52,7 @@ def linear_stats_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """m, s, e of every row in every tile, and the target's logit in the tile that holds it."""
     n_row_tiles = tl.cdiv(N, BM)
     n_col_tiles = tl.cdiv(C, BN)
     for unit in tl.range(tl.program_id(0), n_units, PROGRAMS):
@@ -95,6 +96,7 @@ def merge_kernel(
     BN: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    SHARD: tl.constexpr,
 ):
     """All tiles of a row into log-prob, entropy, maximum and log-sum, in nats."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
@@ -126,11 +128,14 @@ def merge_kernel(
     z = tl.load(tiles_ptr + ((target // BN) * 4 + 3) * N + rows, mask=inside, other=float("nan"))
     log_sum = tl.log2(S)
     # no logit above −inf, so no distribution; or a target outside the vocabulary: NaN throughout
-    log_sum = tl.where((M < LOWEST * 1e-5) | (z != z), float("nan"), log_sum)
+    nothing = M < LOWEST * 1e-5
+    log_sum = tl.where(nothing, float("nan"), log_sum)
+    if not SHARD:
+        log_sum = tl.where(z != z, float("nan"), log_sum)
     logprob = tl.where(z < LOWEST * 1e-5, -float("inf"), z - M) - log_sum
     tl.store(logprob_ptr + rows, logprob * LN2, mask=live)
     tl.store(entropy_ptr + rows, (log_sum - E / S) * LN2, mask=live)
-    tl.store(peak_ptr + rows, M * LN2, mask=live)
+    tl.store(peak_ptr + rows, tl.where(nothing, -float("inf"), M * LN2), mask=live)
     tl.store(log_sum_ptr + rows, log_sum * LN2, mask=live)
 
 
@@ -186,6 +191,7 @@ def tile_partials(
                 n_units,
                 *scalars,
                 STAGES=tiling.num_stages,
+                RUN=tiling.run,
                 HAS_ENTROPY=False,
                 BACKWARD=False,
                 num_warps=4,
@@ -222,21 +228,33 @@ def linear_stats(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     transform: Transform,
-) -> LinearStats:
-    """Log-prob of the target, entropy, and the two parts of the log-sum-exp, of every row; float32, nats.
+    shard: bool = False,
+    filtered: bool = False,
+    precision: str = "fast",
+) -> tuple[LinearStats, torch.Tensor | None]:
+    """Statistics of every row, float32, nats; with `filtered`, also the log-sum-exp in each slab, (slabs, rows).
 
     Args:
         hidden: (rows, width), bf16, fp16 or float32; rows may be strided.
         weight: (vocab, width), hidden's dtype.
-        targets: (rows,), integer; one outside the vocabulary makes its row NaN.
+        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone.
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
+        shard: the head is a part of a larger one (`reference.linear.combine_shards`).
+        filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
+        precision: of float32 operands, "accurate" or "fast".
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    tiling = tiling_for(rows, hidden.device)
+    tiling = tiling_for(rows, hidden.device, precision if hidden.dtype == torch.float32 else "fast")
     tiles = tile_partials(hidden, weight, targets, bias, transform, tiling)
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
     merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-        tiles, targets, *out, rows, vocab, tiles.shape[0], BN=tiling.BN, ROWS=MERGE_ROWS, TILES=MERGE_TILES
+        tiles, targets, *out, rows, vocab, tiles.shape[0], BN=tiling.BN, ROWS=MERGE_ROWS, TILES=MERGE_TILES, SHARD=shard
     )
-    return out
+    return out, _slab_lse(tiles, filter_columns(hidden.device) // tiling.BN) if filtered else None
+
+
+def _slab_lse(tiles: torch.Tensor, per_slab: int) -> torch.Tensor:
+    """Log-sum-exp, in nats, of every `per_slab` tiles, (slabs, rows)."""
+    lse = (tiles[:, 0] + tiles[:, 1].log2()) * LN2.value
+    return torch.stack([part.logsumexp(0) for part in lse.split(per_slab)])

@@ -80,6 +80,39 @@ def _loader(
 
 
 @gluon.jit
+def _run(
+    HALF: gl.constexpr,
+    a_ring,
+    b_ring,
+    full,
+    empty,
+    stage,
+    phase,
+    steps,
+    ROWS: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Products of the next `steps` buffers, summed by the tensor cores; and where in the ring that leaves us."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    acc = warpgroup_mma_init(gl.zeros([ROWS, BN], gl.float32, layout))
+    for step in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        a = a_ring.index(stage).slice(HALF * ROWS, ROWS, 0)
+        b = b_ring.index(stage).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        # the product before this one is done with its buffer
+        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=step > 0)
+        stage += 1
+        phase = phase ^ (stage == STAGES).to(gl.int32)
+        stage = gl.where(stage == STAGES, 0, stage)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+    return acc, stage, phase
+
+
+@gluon.jit
 def _worker(
     HALF: gl.constexpr,
     a_ring,
@@ -110,6 +143,7 @@ def _worker(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
+    RUN: gl.constexpr,
     PARTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -126,20 +160,15 @@ def _worker(
         steps = 3 * steps
     for unit in range(gl.program_id(0), n_units, PROGRAMS):
         row_tile, col_tile = _tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
-        acc = warpgroup_mma_init(gl.zeros([ROWS, BN], gl.float32, layout))
-        for step in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            a = a_ring.index(stage).slice(HALF * ROWS, ROWS, 0)
-            b = b_ring.index(stage).permute((1, 0))
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            # the product before this one is done with its buffer
-            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=step > 0)
-            stage += 1
-            phase = phase ^ (stage == STAGES).to(gl.int32)
-            stage = gl.where(stage == STAGES, 0, stage)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+        if RUN == 0:
+            acc, stage, phase = _run(HALF, a_ring, b_ring, full, empty, stage, phase, steps, ROWS, BN, STAGES)
+        else:
+            acc = gl.zeros([ROWS, BN], gl.float32, layout)
+            for first in range(0, steps, RUN):
+                part, stage, phase = _run(
+                    HALF, a_ring, b_ring, full, empty, stage, phase, min(RUN, steps - first), ROWS, BN, STAGES
+                )
+                acc += part
 
         row0 = row_tile * BM + HALF * ROWS
         col0 = col_tile * BN
@@ -230,6 +259,7 @@ def tiles_kernel(
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
+    RUN: gl.constexpr,
     PARTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -244,7 +274,7 @@ def tiles_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    if BACKWARD:
+    if BACKWARD:  # noqa: SIM108  (the two have different types)
         outbox = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN], out.layout)
     else:
         outbox = full
@@ -256,10 +286,12 @@ def tiles_kernel(
     gl.warp_specialize([
         (_worker, (UPPER, a_ring, b_ring, full, empty, outbox, out, row_scale_ptr, col_scale_ptr, bias_ptr, target_ptr,
                    lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K, n_row_tiles, n_col_tiles, n_units, factor,
-                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, PARTS, HAS_BIAS, SOFTCAP, HAS_ENTROPY, BACKWARD)),
+                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP,
+                   HAS_ENTROPY, BACKWARD)),
         (_worker, (LOWER, a_ring, b_ring, full, empty, outbox, out, row_scale_ptr, col_scale_ptr, bias_ptr, target_ptr,
                    lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K, n_row_tiles, n_col_tiles, n_units, factor,
-                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, PARTS, HAS_BIAS, SOFTCAP, HAS_ENTROPY, BACKWARD)),
+                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP,
+                   HAS_ENTROPY, BACKWARD)),
         # a single warp: warps that wait for the same barriers at different speeds could miss a phase of one
         (_loader, (hidden, weight, a_ring, b_ring, full, empty, K, n_row_tiles, n_col_tiles, n_units, BM, BN, BK, GROUP,
                    PROGRAMS, STAGES, PARTS)),

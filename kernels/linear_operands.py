@@ -26,7 +26,9 @@ SPLIT_ROWS = 32768
 class Tiling:
     """Tile sizes and launch options; BN and BK are the same for every number of rows, so a row's bits are too.
 
-    `specialized` stands for the kernels of `linear_hopper`, where the operands' strides allow TMA.
+    `specialized` stands for the kernels of `linear_hopper`, where the operands' strides allow TMA. `run`, there: after
+    so many steps along the width the tensor cores' sum is added to another in float32 registers and starts again at 0,
+    because the tensor cores cut off what they add to a large sum; 0 for one run throughout.
     """
 
     BM: int
@@ -37,6 +39,7 @@ class Tiling:
     num_stages: int
     tma: bool
     specialized: bool = False
+    run: int = 0
 
 
 # Measured on one H100: bench/NOTES.md.
@@ -44,6 +47,8 @@ HOPPER = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=T
 # reading the head is what costs: deeper pipeline
 HOPPER_FEW_ROWS = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=4, tma=True, specialized=True)
 FEW_ROWS = 256
+# two sums in registers leave room for half the columns
+HOPPER_ACCURATE = Tiling(BM=128, BN=128, BK=64, GROUP=8, num_warps=8, num_stages=4, tma=True, specialized=True, run=4)
 BLACKWELL = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=True)
 # 160 KiB of shared memory, no TMA
 AMPERE = Tiling(BM=128, BN=128, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=False)
@@ -52,8 +57,20 @@ SMALL = Tiling(BM=128, BN=128, BK=32, GROUP=8, num_warps=8, num_stages=2, tma=Fa
 INTERPRETED = Tiling(BM=16, BN=32, BK=16, GROUP=2, num_warps=4, num_stages=2, tma=True)
 
 
-def tiling_for(rows: int, device: torch.device) -> Tiling:
+def filter_columns(device: torch.device) -> int:
+    """Width of the slabs whose mass decides which rows' gradients need them; a multiple of every tile's."""
+    return 64 if device.type == "cpu" else 4352
+
+
+def has_accurate(device: torch.device) -> bool:
+    """Whether this device has the kernel that sums float32 products in short runs."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tiling_for(rows: int, device: torch.device, precision: str = "fast") -> Tiling:
     """The tile sizes for this device."""
+    if precision == "accurate" and has_accurate(device):
+        return HOPPER_ACCURATE
     if device.type == "cpu":
         return INTERPRETED
     if torch.version.hip or _shared_memory(device) < 160 * 1024:
@@ -143,6 +160,7 @@ def split_kernel(
     K,
     BLOCK: tl.constexpr,
 ):
+    """One row of float32 to fp16 halves [low | high], and the scale that undoes the split's power of two."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):

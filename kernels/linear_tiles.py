@@ -1,7 +1,7 @@
 """Device functions that the fused-linear kernels share: the order of tiles, a tile of products, its logits.
 
-A tile is (BM rows of hidden states) × (BN rows of the head). Its products x Wᵀ live in float32 registers, and nothing of
-the size of a tile of logits is written in the forward.
+A tile is (BM rows of hidden states) × (BN rows of the head). Its products x Wᵀ live in float32 registers, and nothing
+of the size of a tile of logits is written in the forward.
 
 Operands come through TMA descriptors where the GPU has them and the strides allow it, else through pointers; `TMA`
 says which of the two `hidden` and `weight` are. With `PARTS`, each row holds a float32 row split in two fp16 halves,

@@ -294,47 +294,42 @@ def test_any_shape(rows, width, vocab, bias, seed):
     assert (out.entropy <= math.log(vocab) + 1e-5).all()
 
 
-def test_operators_keep_their_contract():
+@pytest.mark.parametrize("bound", [0.0, 0.01])
+def test_operators_keep_their_contract(bound):
     hidden, weight, targets, b = problem(5, 8, 30, bias=True)
     mask = torch.arange(5) != 2
-    inputs = (
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        targets,
-        b.requires_grad_(),
-        mask,
-        0.9,
-        1.0,
-        4.0,
-        "exact",
-    )
-    opcheck(torch.ops.entropy_fast.linear_stats.default, inputs)
+    heat = torch.tensor(0.9, dtype=torch.float64)
+    options = (heat, 1.0, 4.0, "exact")
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), targets, b.requires_grad_(), mask, *options)
+    # how many rows are active is the operator's own finding, which a symbolic trace of the filter cannot know
+    opcheck(torch.ops.entropy_fast.linear_stats.default, (*inputs[:4], mask if bound == 0 else None, *options, bound))
     detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
-    stats = torch.ops.entropy_fast.linear_stats(*detached)
+    *stats, _, kept = torch.ops.entropy_fast.linear_stats(*detached, bound)
     opcheck(
         torch.ops.entropy_fast.linear_stats_backward.default,
-        (*detached, *stats, torch.randn(5), None, torch.randn(5), [True, False, True]),
+        (*detached, *stats, kept, torch.randn(5), None, torch.randn(5), [True, False, True]),
     )
 
 
-def test_compiles_whole_and_at_most_twice():
-    """Once, and once more when the compiler first sees the temperature change; not again with length or temperature."""
+def test_compiles_into_one_graph_for_every_batch_and_temperature():
+    torch._dynamo.reset()
     hidden, weight, targets, _ = problem()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    @torch.compile(backend=counter, fullgraph=True)
     def loss(h, w, y, temperature):
         out = ef.linear_token_stats(h, w, y, temperature=temperature)
         return (out.logprob + out.entropy).sum()
 
-    for rows, temperature in ((37, 0.7), (20, 0.8), (30, 0.9), (11, 1.3)):
+    for i, (rows, temperature) in enumerate(((37, 1.0), (20, 0.8), (30, 0.9), (11, 1.3))):
         h = hidden[:rows].clone().requires_grad_()
         loss(h, weight, targets[:rows].clone(), temperature).backward()
         e = hidden[:rows].clone().requires_grad_()
         out = ef.linear_token_stats(e, weight, targets[:rows], temperature=temperature)
         (out.logprob + out.entropy).sum().backward()
         assert torch.equal(h.grad, e.grad)
-    assert counter.frame_count <= 2
+        # the compiler takes the first sizes for constants, learns from the second, and stays with that
+        assert counter.frame_count <= min(i + 1, 2)
 
 
 def test_second_derivative_is_refused():
@@ -359,6 +354,7 @@ def test_second_derivative_is_refused():
         ({"scale": math.inf}, "scale must be"),
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"precision": "double"}, "precision must be one of"),
+        ({"max_dropped_mass": 1.0}, r"max_dropped_mass must be in \[0, 1\)"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -7,9 +7,20 @@ import torch
 from entropy_fast.errors import InputError
 from entropy_fast.functional import linear_operators
 from entropy_fast.functional import validation as check
+from entropy_fast.functional.token import as_tensor
 from entropy_fast.functional.types import TokenStats
 
 PRECISIONS = linear_operators.PRECISIONS
+
+
+class FilteredTokenStats(TokenStats):
+    """The TokenStats of `linear_token_stats(max_dropped_mass=...)`, which know what the gradient will leave out.
+
+    Attributes:
+        dropped_mass: probability in the slabs of the vocabulary that the position's gradient skips, like the others.
+    """
+
+    dropped_mass: torch.Tensor
 
 
 def linear_token_stats(
@@ -22,8 +33,9 @@ def linear_token_stats(
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
-    precision: str = "accurate",
+    precision: str = "exact",
     return_lse: bool = False,
+    max_dropped_mass: float = 0.0,
 ) -> TokenStats:
     """Log-prob of each target and entropy of each position, straight from hidden states and the head.
 
@@ -36,38 +48,54 @@ def linear_token_stats(
         weight: (vocab, width), the head, in hidden's dtype.
         targets: (...), int32 or int64 token ids.
         bias: (vocab,), optional; −inf removes a token from the vocabulary.
-        mask: (...), bool, optional; positions with False are never read and get 0 everywhere, gradients too.
+        mask: (...), bool, optional; positions with False are never read and get 0 everywhere, gradients too. On a GPU
+            a mask waits once for the number of active positions.
         temperature: divides the logits; above 0.
-        scale: multiplies the head's product (Cohere, Granite).
+        scale: multiplies the head's product; above 0 (Cohere, Granite).
         softcap: bound of the tanh (Gemma 2), None for none.
-        precision: of float32 inputs on a GPU. "exact": IEEE float32 products. "accurate" (default): float32-grade
-            logits on the tensor cores, error below 1e-5 nats. "fast": error below 1e-4 nats. Inputs of other dtypes
-            and other devices have one precision: exact products, accumulated in float32 (float64 for float64).
+        precision: of float32 inputs on a GPU. "exact" (default): IEEE float32 products, whatever torch's TF32 setting.
+            "accurate": three fp16 products of halves on the tensor cores, summed in short runs; float32-grade (where
+            there is no such kernel, as "exact"). "fast": the same halves in one sum, error below 1e-4 nats. Gradients
+            of both: relative error 1e-5. Other dtypes and devices have one precision: exact products, summed in
+            float32 (float64 for float64).
         return_lse: also return the log-sum-exp of the logits.
+        max_dropped_mass: opt-in filtering of the gradient, in [0, 1): a position's dz is taken for 0 in slabs of the
+            vocabulary that hold at most this much probability together, never the target's. Confident positions then
+            cost almost nothing in the backward. 0 (default) is exact.
 
     Returns:
         TokenStats(logprob, entropy, lse), each (...), nats, float32 (float64 for float64 inputs); lse is None unless
-        asked for. logprob and entropy are differentiable with respect to hidden, weight and bias; float32 accumulation;
-        nothing is computed for an input that needs no gradient.
+        asked for. All are differentiable with respect to hidden, weight and bias, once; gradients accumulate in
+        float32, and nothing is computed for an input that needs none. With max_dropped_mass above 0, a
+        FilteredTokenStats, whose attribute `dropped_mass` is the mass dropped from each position.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, a parameter out of range, or a target outside the vocabulary.
+        InputError: shapes or dtypes that do not fit, or a parameter out of range. A target outside the vocabulary on an
+            active position: on a CPU the error names it; on a GPU, where looking would stall the stream, its logprob,
+            entropy and gradient are NaN.
     """
     _check(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision)
+    if not 0.0 <= max_dropped_mass < 1.0:
+        raise InputError(f"max_dropped_mass must be in [0, 1), got {max_dropped_mass}; 0 computes every gradient")
     shape = targets.shape
-    logprob, entropy, peak, log_sum = torch.ops.entropy_fast.linear_stats(
+    logprob, entropy, peak, log_sum, dropped, _ = torch.ops.entropy_fast.linear_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
         bias,
         None if mask is None else mask.reshape(-1),
-        temperature,
+        as_tensor(temperature),
         scale,
         softcap,
         precision,
+        max_dropped_mass,
     )
-    lse = (peak + log_sum).view(shape) if return_lse else None
-    return TokenStats(logprob.view(shape), entropy.view(shape), lse)
+    stats = (logprob.view(shape), entropy.view(shape), (peak + log_sum).view(shape) if return_lse else None)
+    if max_dropped_mass == 0:
+        return TokenStats(*stats)
+    filtered = FilteredTokenStats(*stats)
+    filtered.dropped_mass = dropped.view(shape)
+    return filtered
 
 
 def _check(

@@ -1,20 +1,23 @@
 """The operators behind `linear_token_stats`: one schema, an implementation by device, and shapes for the compiler.
 
 `entropy_fast::linear_stats` gives (logprob, entropy, peak, log_sum), each (rows,), the last two for the backward (see
-`reference.linear.LinearStats`); `linear_stats_backward` gives the gradients of hidden, weight and bias, empty where
-none was asked for. Masked rows are taken out before the product, which on a GPU waits once for their number.
+`reference.linear.LinearStats`), and with `max_dropped_mass` above 0 the mass dropped from each row's gradient, (rows,),
+and the slabs kept, (slabs, rows); `linear_stats_backward` gives the gradients of hidden, weight and bias, empty where
+none was asked for. Masked rows are taken out before the product, which on a GPU waits once for their number. The
+temperature is a tensor for the compiler's sake, as in `operators`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from entropy_fast.functional.validation import check_target_range
 from entropy_fast.reference import linear as reference
+from entropy_fast.reference.filtering import choose_slabs
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.rows import RowGradients, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
@@ -23,27 +26,27 @@ PRECISIONS = ("exact", "accurate", "fast")
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? mask, "
-    "float temperature, float scale, float? softcap, str precision"
+    "Tensor temperature, float scale, float? softcap, str precision"
 )
 _SAVED = "Tensor logprob, Tensor entropy, Tensor peak, Tensor log_sum"
 _GRADS = "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, bool[3] needs"
 
 LIBRARY = torch.library.Library("entropy_fast", "FRAGMENT")
-LIBRARY.define(f"linear_stats({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-LIBRARY.define(f"linear_stats_backward({_INPUTS}, {_SAVED}, {_GRADS}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"linear_stats({_INPUTS}, float max_dropped_mass) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"linear_stats_backward({_INPUTS}, {_SAVED}, Tensor kept, {_GRADS}) -> (Tensor, Tensor, Tensor)")
 
 
-def implementation(hidden: torch.Tensor, precision: str) -> ModuleType:
+def implementation(hidden: torch.Tensor, precision: str) -> Any:
     """The module whose `linear_stats` and `linear_backward` serve these inputs: Triton kernels or plain torch.
 
     float64 and exact float32 are the library's GEMMs whatever the device; so is everything where Triton has no kernels.
     """
-    exact = hidden.dtype == torch.float64 or (hidden.dtype == torch.float32 and precision == "exact")
-    if hidden.device.type != "cuda" or exact or not _has_triton(hidden.device):
+    if hidden.device.type != "cuda" or hidden.dtype == torch.float64 or not _has_triton(hidden.device):
         return reference
     from entropy_fast.kernels import linear
 
-    return linear
+    exact = precision == "exact" or (precision == "accurate" and not linear.has_accurate(hidden.device))
+    return reference if hidden.dtype == torch.float32 and exact else linear
 
 
 def _has_triton(device: torch.device) -> bool:
@@ -54,16 +57,27 @@ def _has_triton(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision):
+def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, max_dropped_mass):
     check_target_range(targets, mask, weight.shape[0])
     rows = _active(mask)
     x, y = _rows_of((hidden, targets), rows)
+    total, filtered = hidden.shape[0], max_dropped_mass > 0
+    dtype = arithmetic_dtype(hidden.dtype)
+    nothing = torch.empty(0, dtype=dtype, device=hidden.device)
+    kept = torch.empty(0, 0, dtype=torch.bool, device=hidden.device)
     if len(x) == 0:
-        dtype = arithmetic_dtype(hidden.dtype)
-        return tuple(torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device) for _ in range(4))
-    transform = Transform(temperature, scale, softcap)
-    stats = implementation(hidden, precision).linear_stats(x, weight, y, bias, transform)
-    return tuple(_in_place_of(t, rows, hidden.shape[0]) for t in stats)
+        zeros = [torch.zeros(total, dtype=dtype, device=hidden.device) for _ in range(5)]
+        return *zeros[:4], zeros[4] if filtered else nothing, kept
+    module = implementation(hidden, precision)
+    transform = Transform(temperature.item(), scale, softcap)
+    with ieee_products(hidden):
+        stats, slab_lse = module.linear_stats(x, weight, y, bias, transform, filtered=filtered, precision=precision)
+    dropped = nothing
+    if slab_lse is not None:
+        target_slab = y // module.filter_columns(hidden.device)
+        kept, dropped = choose_slabs(slab_lse, stats.peak + stats.log_sum, target_slab, max_dropped_mass)
+        dropped = _in_place_of(dropped, rows, total)
+    return *(_in_place_of(t, rows, total) for t in stats), dropped, kept
 
 
 def _stats_backward(
@@ -80,6 +94,7 @@ def _stats_backward(
     entropy,
     peak,
     log_sum,
+    kept,
     grad_logprob,
     grad_entropy,
     grad_lse,
@@ -90,18 +105,35 @@ def _stats_backward(
     if len(x) == 0:
         like = (hidden, weight, weight[:, 0] if bias is None else bias)
         return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in zip(like, needs, strict=True))
-    gradients = implementation(hidden, precision).linear_backward(
-        x,
-        weight,
-        y,
-        bias,
-        Transform(temperature, scale, softcap),
-        LinearStats(*_rows_of((logprob, entropy, peak, log_sum), rows)),
-        RowGradients(*_rows_of((grad_logprob, grad_entropy, grad_lse), rows)),
-        tuple(needs),
-    )
+    with ieee_products(hidden):
+        gradients = implementation(hidden, precision).linear_backward(
+            x,
+            weight,
+            y,
+            bias,
+            Transform(temperature.item(), scale, softcap),
+            LinearStats(*_rows_of((logprob, entropy, peak, log_sum), rows)),
+            RowGradients(*_rows_of((grad_logprob, grad_entropy, grad_lse), rows)),
+            tuple(needs),
+            kept if kept.numel() else None,
+            precision,
+        )
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if t is None else t for t in gradients)
     return _in_place_of(d_hidden, rows, hidden.shape[0]) if needs[0] else d_hidden, d_weight, d_bias
+
+
+@contextlib.contextmanager
+def ieee_products(hidden: torch.Tensor) -> Iterator[None]:
+    """Float32 library GEMMs on a GPU multiply float32, whatever torch's TF32 setting."""
+    if hidden.dtype != torch.float32 or hidden.device.type != "cuda":
+        yield
+        return
+    setting = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(setting)
 
 
 def _active(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -125,9 +157,15 @@ for _device in ("CPU", "CUDA", "XPU"):
 
 
 @torch.library.register_fake("entropy_fast::linear_stats")
-def _stats_fake(hidden, *_):
+def _stats_fake(hidden, weight, _targets, _bias, mask, *rest):
     dtype = arithmetic_dtype(hidden.dtype)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
+    stats = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)]
+    if rest[-1] <= 0:
+        return *stats, hidden.new_empty(0, dtype=dtype), hidden.new_empty((0, 0), dtype=torch.bool)
+    columns = implementation(hidden, rest[-2]).filter_columns(hidden.device)
+    active = hidden.shape[0] if mask is None else torch.library.get_ctx().new_dynamic_size()
+    kept = hidden.new_empty((-(-weight.shape[0] // columns), active), dtype=torch.bool)
+    return *stats, hidden.new_empty(hidden.shape[0], dtype=dtype), kept
 
 
 @torch.library.register_fake("entropy_fast::linear_stats_backward")
@@ -138,10 +176,11 @@ def _stats_backward_fake(hidden, weight, _targets, bias, *rest):
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, targets, bias, mask, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, mask, *output)
+    hidden, weight, targets, bias, mask, temperature, *ctx.options = inputs
+    logprob, entropy, peak, log_sum, dropped, kept = output
+    ctx.save_for_backward(hidden, weight, targets, bias, mask, temperature, logprob, entropy, peak, log_sum, kept)
     # peak + log_sum is the log-sum-exp: log_sum carries the derivative of both
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(peak, dropped, kept)
     ctx.set_materialize_grads(False)
 
 
@@ -151,15 +190,16 @@ def _differentiate(
     grad_entropy: torch.Tensor | None,
     _grad_peak: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
+    *_grads_of_the_rest: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     not_inputs = (None,) * len(ctx.options)
     if grad_logprob is None and grad_entropy is None and grad_lse is None:
-        return (None,) * 5 + not_inputs
-    inputs, stats = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        return (None,) * 6 + not_inputs
+    inputs, stats = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     d_hidden, d_weight, d_bias = torch.ops.entropy_fast.linear_stats_backward(
         *inputs,
-        *ctx.options,
+        *ctx.options[:-1],
         *stats,
         grad_logprob,
         grad_entropy,
@@ -171,6 +211,7 @@ def _differentiate(
         d_weight if needs_weight else None,
         None,
         d_bias if needs_bias else None,
+        None,
         None,
         *not_inputs,
     )

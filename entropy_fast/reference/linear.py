@@ -15,7 +15,7 @@ which feeds dHidden += dz W and dWeight += dzᵀ x, both accumulated in float32 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,9 +50,35 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None
 
 
+def combine_shards(shards: Sequence[LinearStats]) -> LinearStats:
+    """The statistics of a whole vocabulary from those of its parts; each row's target is in one of the parts.
+
+    With w_i the mass of part i: lse = log Σ e^(lse_i), and H = Σ w_i (H_i − log w_i), the chain rule of entropy.
+    A part without finite logits in a row is NaN there and counts for nothing; a target in no part leaves NaN.
+    """
+    peaks, sums = (torch.stack([getattr(s, name) for s in shards]) for name in ("peak", "log_sum"))
+    peaks = torch.where(sums.isnan() & (peaks == -math.inf), -math.inf, peaks)
+    top = peaks.amax(0)
+    parts = torch.where(peaks == -math.inf, -math.inf, peaks - top + sums)
+    log_sum = torch.logsumexp(parts, 0)
+    log_w = parts - log_sum
+    w = log_w.exp()
+    entropies = torch.stack([s.entropy for s in shards])
+    entropy = torch.where(w > 0, w * (entropies - log_w), torch.where(w.isnan(), w, 0.0)).sum(0)
+    z = torch.stack([s.logprob + s.log_sum + (s.peak - top) for s in shards])
+    z = torch.where(z.isnan(), -math.inf, z).amax(0)
+    found = torch.stack([~s.logprob.isnan() for s in shards]).any(0)
+    return LinearStats(torch.where(found, z - log_sum, math.nan), entropy, top, log_sum)
+
+
 def _slabs(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+def filter_columns(device: torch.device) -> int:
+    """Width of the slabs that `filtered` and `kept` speak of."""
+    return _tile_shape(device)[1]
 
 
 def _tile_shape(device: torch.device) -> tuple[int, int]:
@@ -65,15 +91,21 @@ def linear_stats(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     transform: Transform,
-) -> LinearStats:
-    """Log-prob of the target, entropy and log-sum-exp of every row.
+    shard: bool = False,
+    filtered: bool = False,
+    precision: str = "exact",
+) -> tuple[LinearStats, torch.Tensor | None]:
+    """Statistics of every row; with `filtered`, also the log-sum-exp of its logits in each slab, (slabs, rows).
 
     Args:
         hidden: (rows, width), any floating dtype.
         weight: (vocab, width), the head.
-        targets: (rows,), integer; a target outside the vocabulary gives NaN.
+        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone.
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
+        shard: the head is a part of a larger one (`combine_shards`).
+        filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
+        precision: for the kernels; the products here are exact whatever it says.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
@@ -83,7 +115,8 @@ def linear_stats(
     rest = torch.zeros_like(m)
     e = torch.zeros_like(m)
     z_target = torch.full_like(m, math.nan)
-    for columns in _slabs(vocab, tile_columns):
+    slab_lse = torch.empty(-(-vocab // tile_columns), rows, dtype=dtype, device=hidden.device) if filtered else None
+    for slab, columns in enumerate(_slabs(vocab, tile_columns)):
         w = weight[columns].to(dtype)
         b = None if bias is None else bias[columns].to(dtype)
         for r in _slabs(rows, tile_rows):
@@ -100,16 +133,21 @@ def linear_stats(
             d.clamp_(min=LOWEST)
             e_tile = torch.einsum("nv,nv->n", p, d)
             rest_tile = p.scatter_(1, largest[:, None], 0.0).sum(1)
-            m[r], rest[r], e[r] = merge(m[r], rest[r], e[r], m_tile, rest_tile, e_tile)
-    return finish(m, rest, e, z_target)
+            m[r], rest[r], e[r] = _merge(m[r], rest[r], e[r], m_tile, rest_tile, e_tile)
+            if slab_lse is not None:
+                slab_lse[slab, r] = m_tile + rest_tile.log1p()
+    # no finite logit, so no distribution; or no target: NaN throughout
+    nothing = m == -math.inf if shard else (m == -math.inf) | z_target.isnan()
+    log_sum = torch.where(nothing, math.nan, rest).log1p()
+    return LinearStats(z_target - m - log_sum, log_sum - e / (1.0 + rest), m, log_sum), slab_lse
 
 
-def merge(
+def _merge(
     m: torch.Tensor, rest: torch.Tensor, e: torch.Tensor, m2: torch.Tensor, rest2: torch.Tensor, e2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two parts of a row's vocabulary as one: maximum, Σ e^(z − max) less the maximum's own 1, and Σ e^(z − max) (z − max).
+    """Two parts of a row's vocabulary as one; a part without finite logits has maximum −inf.
 
-    A part without finite logits has maximum −inf.
+    Of each part: the maximum, Σ e^(z − max) less the maximum's own 1, and Σ e^(z − max) (z − max).
     """
     first = m >= m2
     top, gap = torch.where(first, m, m2), torch.where(m == m2, 0.0, -(m - m2).abs())
@@ -118,13 +156,6 @@ def merge(
     c = gap.exp()
     shift = gap.clamp(min=LOWEST)
     return top, rest_top + c * (1.0 + rest_low), e_top + c * (e_low + shift * (1.0 + rest_low))
-
-
-def finish(m: torch.Tensor, rest: torch.Tensor, e: torch.Tensor, z_target: torch.Tensor) -> LinearStats:
-    """A row's merged parts, and the target's logit (NaN where no part holds the target), as its statistics."""
-    # no finite logit, so no distribution; or no target: NaN throughout
-    log_sum = torch.where((m == -math.inf) | z_target.isnan(), math.nan, rest).log1p()
-    return LinearStats(z_target - m - log_sum, log_sum - e / (1.0 + rest), m, log_sum)
 
 
 def linear_backward(
@@ -136,10 +167,13 @@ def linear_backward(
     stats: LinearStats,
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
+    kept: torch.Tensor | None = None,
+    precision: str = "exact",
 ) -> Gradients:
     """Gradients to hidden states, head and bias, for incoming gradients (rows,) of log-prob, entropy and log-sum-exp.
 
-    `needs` says which of (hidden, weight, bias) to compute; the others cost nothing. Shapes as in `linear_stats`.
+    `needs` says which of (hidden, weight, bias) to compute; the others cost nothing. `kept`, (slabs, rows) bool, says
+    which rows' dz to compute in each slab; elsewhere it is taken for 0. Shapes as in `linear_stats`.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
@@ -148,12 +182,14 @@ def linear_backward(
     d_hidden = torch.zeros_like(x) if needs[0] else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     d_bias = torch.empty(vocab, dtype=weight.dtype if bias is None else bias.dtype, device=x.device)
-    for columns in _slabs(vocab, tile_columns):
+    for slab, columns in enumerate(_slabs(vocab, tile_columns)):
         w = weight[columns].to(dtype)
         b = None if bias is None else bias[columns].to(dtype)
         dw = torch.zeros_like(w) if d_weight is not None else None
         db = torch.zeros(w.shape[0], dtype=dtype, device=x.device)
-        for r in _slabs(rows, tile_rows):
+        active = None if kept is None else kept[slab].nonzero()[:, 0]
+        for part in _slabs(rows if active is None else len(active), tile_rows):
+            r = part if active is None else active[part]
             dz = _dlogits(
                 _logits(x[r], w, b),
                 targets[r] - columns.start,
@@ -162,7 +198,10 @@ def linear_backward(
                 RowGradients(*(None if t is None else t[r] for t in grads)),
             )
             if d_hidden is not None:
-                d_hidden[r].addmm_(dz, w)
+                if isinstance(r, slice):
+                    d_hidden[r].addmm_(dz, w)
+                else:
+                    d_hidden.index_add_(0, r, dz @ w)
             if dw is not None:
                 dw.addmm_(dz.t(), x[r])
             if needs[2]:
@@ -188,6 +227,8 @@ def _dlogits(
     g, g_entropy, g_lse = (zero if t is None else t[:, None].to(z.dtype) for t in grads)
     logp = z.sub_(peak).sub_(log_sum)
     dz = logp.exp()
+    # a row without its target has no gradient to give
+    g = torch.where(logprob.isnan(), math.nan, g)
     # −p (g − gL + gH (log p + H)); where p is 0 the clamp keeps 0 · (−inf) out
     if grads.entropy is None:
         dz.mul_(g_lse - g)
