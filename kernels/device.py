@@ -76,6 +76,7 @@ def merge(m, s, r, e, m2, s2, r2, e2, alpha):
 
 @triton.jit
 def add3(a, b, c, a2, b2, c2):
+    """Three sums at once: one exchange between warps in place of three."""
     return a + a2, b + b2, c + c2
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.launch import launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
@@ -67,6 +68,7 @@ def list_active_kernel(
     positions,
     BLOCK: tl.constexpr,
 ):
+    """One program a BLOCK of positions."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = position < positions
     is_active = tl.load(mask_ptr + position, mask=inside, other=0) != 0
@@ -96,6 +98,7 @@ def plan_sequences_kernel(
     STOP_AT_EOS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program a sequence: where the first EOS is, then what that makes of every column."""
     sequence = tl.program_id(0)
     base = sequence.to(tl.int64) * columns
     # the token in column 0 has no logits before it
@@ -177,8 +180,8 @@ def finish_sequence(
 def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> ActiveRows:
     """The list of True positions of a contiguous bool mask; zeros go to `out` at the others."""
     active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
-    grid = (triton.cdiv(mask.numel(), BLOCK),)
-    list_active_kernel[grid](mask, *active, *out, mask.numel(), BLOCK=BLOCK)
+    programs = triton.cdiv(mask.numel(), BLOCK)
+    launch(list_active_kernel, programs, (mask, *active, *out), (mask.numel(),), (), {"BLOCK": BLOCK}, num_warps=4)
     return active
 
 
@@ -214,22 +217,29 @@ def plan_sequences(
         runs_past_eos=torch.empty(n, dtype=torch.bool, device=device),
         sums=torch.empty(3, n, dtype=torch.float64, device=device),
     )
-    plan_sequences_kernel[(n,)](
-        tokens,
-        attention_mask,
-        prompt_lens,
-        eos_token_ids,
-        *active,
-        sequences.pending,
-        sequences.lengths,
-        sequences.eos_column,
-        sequences.runs_past_eos,
-        sequences.sums,
-        *out,
-        columns,
-        eos_token_ids.numel(),
-        INCLUDE_EOS=include_eos,
-        STOP_AT_EOS=stop_at_eos,
-        BLOCK=min(BLOCK, triton.next_power_of_2(columns)),
+    launch(
+        plan_sequences_kernel,
+        n,
+        (
+            tokens,
+            attention_mask,
+            prompt_lens,
+            eos_token_ids,
+            *active,
+            sequences.pending,
+            sequences.lengths,
+            sequences.eos_column,
+            sequences.runs_past_eos,
+            sequences.sums,
+            *out,
+        ),
+        (columns, eos_token_ids.numel()),
+        (),
+        {
+            "INCLUDE_EOS": include_eos,
+            "STOP_AT_EOS": stop_at_eos,
+            "BLOCK": min(BLOCK, triton.next_power_of_2(columns)),
+        },
+        num_warps=4,
     )
     return active, sequences

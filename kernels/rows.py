@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
+from entropy_fast.kernels.launch import launch
 from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, finish_sequence, list_active, plan_sequences
-from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, vector_width
+from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, registers, vector_width
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
@@ -84,6 +85,7 @@ def row_stats_kernel(
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """One program a row, or a segment of a row where rows are few; with a list, programs walk it."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
@@ -145,7 +147,7 @@ def row_stats_kernel(
         w_target = tl.load(row_ptr + target, mask=known, other=0.0).to(ACC)
         w_target = after_bias_and_softcap(w_target, bias_ptr, 0, target, known, squeeze, SOFTCAP)
         complete = parts == 1
-        if SEGMENTS > 1:
+        if SEGMENTS > 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if parts > 1:
                 partial_ptr = partials_ptr + index * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
                 own_ptr = partial_ptr + part * (4 * LANES)
@@ -212,11 +214,11 @@ def row_stats(
     out = _empty_stats(logits, targets)
     if targets.numel() == 0:
         return out
-    launch = settings or forward_settings(logits)
+    settings = settings or forward_settings(logits.shape[-1], vector_width(logits), logits.element_size())
     active = None
     if mask is not None:
-        active = list_active(mask, out, new_counters(launch, logits.device))
-    _launch(logits, targets, bias, transform, out, launch, active)
+        active = list_active(mask, out, new_counters(settings, logits.device))
+    _launch(logits, targets, bias, transform, out, settings, active)
     return out
 
 
@@ -247,13 +249,13 @@ def sequence_stats(
         settings: launch settings; from the table by default.
     """
     out = _empty_stats(logits, tokens)
-    launch = settings or forward_settings(logits)
-    counters = new_counters(launch, logits.device, sequences=len(tokens))
+    settings = settings or forward_settings(logits.shape[-1], vector_width(logits), logits.element_size())
+    counters = new_counters(settings, logits.device, sequences=len(tokens))
     active, sequences = plan_sequences(
         tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
     )
     if tokens.numel() > 0:
-        _launch(logits, tokens, bias, transform, out, launch, active, sequences, include_eos)
+        _launch(logits, tokens, bias, transform, out, settings, active, sequences, include_eos)
     return out, sequences
 
 
@@ -264,12 +266,12 @@ def new_counters(settings: Settings, device: torch.device, sequences: int = 0) -
 
 def split_below(settings: Settings, device: torch.device) -> int:
     """With fewer active rows than this, programs share rows."""
-    return multiprocessors(device) * settings.split if settings.segments > 1 else 0
+    return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
 
 
 def _empty_stats(logits: torch.Tensor, targets: torch.Tensor) -> RowStats:
-    dtype = arithmetic_dtype(logits.dtype)
-    return RowStats(*(torch.empty(targets.shape, dtype=dtype, device=logits.device) for _ in range(4)))
+    first = torch.empty(targets.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
+    return RowStats(first, torch.empty_like(first), torch.empty_like(first), torch.empty_like(first))
 
 
 def _launch(
@@ -302,34 +304,41 @@ def _launch(
     else:
         # resident programs walk a list whose length is known on the device alone
         programs = min(rows * segments, multiprocessors(device) * settings.resident)
-    row_stats_kernel[(programs,)](
-        logits,
-        bias,
-        targets,
-        *out,
-        None if active is None else active.rows,
-        counters,
-        partials,
-        *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
-        rows,
-        inner,
-        vocab,
-        logits.stride(0),
-        logits.stride(1),
-        few,
-        0 if sequences is None else logits.shape[0],
-        transform.factor,
-        transform.squeeze or 0.0,
-        ACC=TRITON_DTYPE[out.logprob.dtype],
-        SOFTCAP=transform.softcap is not None,
-        EVEN=vocab % width == 0,
-        SEQUENCES=sequences is not None,
-        INCLUDE_EOS=include_eos,
-        SEGMENTS=segments,
-        UNROLL=settings.unroll * (16 // logits.element_size()) // width,
-        LANES=settings.lanes,
-        WIDTH=width,
-        STAGES=settings.stages,
+    launch(
+        row_stats_kernel,
+        programs,
+        (
+            logits,
+            bias,
+            targets,
+            *out,
+            None if active is None else active.rows,
+            counters,
+            partials,
+            *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
+        ),
+        (
+            rows,
+            inner,
+            vocab,
+            logits.stride(0),
+            logits.stride(1),
+            few,
+            0 if sequences is None else logits.shape[0],
+        ),
+        (transform.factor, transform.squeeze or 0.0),
+        {
+            "ACC": TRITON_DTYPE[out.logprob.dtype],
+            "SOFTCAP": transform.softcap is not None,
+            "EVEN": vocab % width == 0,
+            "SEQUENCES": sequences is not None,
+            "INCLUDE_EOS": include_eos,
+            "SEGMENTS": segments,
+            "UNROLL": settings.unroll * (16 // logits.element_size()) // width,
+            "LANES": settings.lanes,
+            "WIDTH": width,
+            "STAGES": settings.stages,
+        },
         num_warps=settings.warps,
-        **({} if settings.registers is None else {"maxnreg": settings.registers}),
+        **registers(settings.registers, device),
     )

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
+from entropy_fast.kernels.launch import launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
@@ -26,7 +27,7 @@ from entropy_fast.reference.transform import Transform
 @triton.jit
 def gradient_or_zero(gradient_ptr, row, ACC: tl.constexpr):
     """The incoming gradient of a row; None is 0."""
-    if gradient_ptr is None:
+    if gradient_ptr is None:  # noqa: SIM108 (the other branch does not compile)
         gradient = tl.full([], 0.0, ACC)
     else:
         gradient = tl.load(gradient_ptr + row).to(ACC)
@@ -38,11 +39,10 @@ def gradient_block(
     source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Read a block of one row, write its gradient; `inside` masks both (None: the block lies within the row)."""
-    fill: tl.constexpr = None if inside is None else 0.0
-    w = tl.load(source_ptr, mask=inside, other=fill, eviction_policy="evict_first").to(peak.dtype)
+    """Read some elements of one row and write their gradient."""
+    w = tl.load(source_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(peak.dtype)
     if bias_ptr is not None:
-        w += tl.load(bias_ptr + cols, mask=inside, other=fill).to(peak.dtype)
+        w += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(peak.dtype)
     if SOFTCAP:
         w = tanh(w * squeeze)
     d = w - peak
@@ -82,27 +82,36 @@ def row_stats_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """One program a piece of BLOCK elements of a row."""
     k = tl.full([], factor, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
     row = tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
     outer = row // inner
     column = (row - outer * inner).to(tl.int64)
     outer = outer.to(tl.int64)
     row_start = outer * stride_outer + column * stride_inner
-    # Rows may start anywhere; blocks start at multiples of WIDTH, before the row's first element if need be. Source
-    # and gradient are alike in this (see the launcher), so both are accessed in full width.
+    # Rows may start anywhere, but vectors start at multiples of WIDTH; `phase` elements of a row's first vector belong
+    # to the row before it. Source and gradient are alike in this (see the launcher). Vectors that lie in the row whole
+    # are accessed whole; what is left at its two ends goes element by element.
     if EVEN:
         phase = 0
         vocab = vocab // WIDTH * WIDTH
     else:
         phase = (row_start % WIDTH).to(tl.int32)
-    start = tl.program_id(0) % pieces * BLOCK
-    elements = tl.arange(0, BLOCK)
-    cols = start - phase + elements
-    source_ptr = logits_ptr + row_start // WIDTH * WIDTH + start + elements
-    out_ptr += (outer * out_outer + column * out_inner) // WIDTH * WIDTH + start + elements
-    within = (start >= phase) & (start - phase + BLOCK <= vocab)
+    source_ptr = logits_ptr + row_start // WIDTH * WIDTH
+    gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
+    place = piece * BLOCK + tl.arange(0, BLOCK)
+    vector = place // WIDTH * WIDTH - phase
+    whole = (vector >= 0) & (vector + WIDTH <= vocab)
+    # the ends: the first vector and the last
+    end_vector = tl.where(tl.arange(0, 2 * WIDTH) < WIDTH, 0, (vocab + phase) // WIDTH * WIDTH)
+    end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
+    in_end = (end_place >= phase) & (end_place - phase < vocab)
+    in_end &= ((end_vector < phase) | (end_vector + WIDTH > vocab + phase)) & (
+        (end_vector > 0) | (tl.arange(0, 2 * WIDTH) < WIDTH)
+    )
     active = True
     if mask_ptr is not None:
         active = tl.load(mask_ptr + row).to(tl.int1)
@@ -120,23 +129,22 @@ def row_stats_backward_kernel(
         pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
         at_target = k * (g * one_minus_exp(logprob) + pull)
         offset = log_sum * LOG2E
-        if within:
-            gradient_block(
-                source_ptr, out_ptr, bias_ptr, cols, None, target, at_target, peak, alpha, offset, b0, b1, squeeze,
-                SOFTCAP,
-            )  # fmt: skip
-        else:
-            inside = (cols >= 0) & (cols < vocab)
-            gradient_block(
-                source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
-                SOFTCAP,
-            )  # fmt: skip
+        gradient_block(
+            source_ptr + place, gradient_ptr + place, bias_ptr, place - phase, whole,
+            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+        )  # fmt: skip
+        if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if piece == 0:
+                gradient_block(
+                    source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - phase, in_end,
+                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+                )  # fmt: skip
     else:
-        zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-        if within:
-            tl.store(out_ptr, zeros)
-        else:
-            tl.store(out_ptr, zeros, mask=(cols >= 0) & (cols < vocab))
+        tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
+        if not EVEN:  # noqa: SIM102
+            if piece == 0:
+                zeros = tl.zeros([2 * WIDTH], out_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + end_place, zeros, mask=in_end)
 
 
 def row_stats_backward(
@@ -169,28 +177,19 @@ def row_stats_backward(
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
     pieces = triton.cdiv(vocab + width - 1, settings.block)
-    row_stats_backward_kernel[(targets.numel() * pieces,)](
-        out,
-        logits,
-        bias,
-        targets,
-        mask,
-        *stats,
-        *gradients,
-        inner,
-        vocab,
-        logits.stride(0),
-        logits.stride(1),
-        out.stride(0),
-        out.stride(1),
-        pieces,
-        transform.factor,
-        transform.squeeze or 0.0,
-        ACC=TRITON_DTYPE[arithmetic_dtype(logits.dtype)],
-        SOFTCAP=transform.softcap is not None,
-        EVEN=vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
-        BLOCK=settings.block,
-        WIDTH=width,
+    launch(
+        row_stats_backward_kernel,
+        targets.numel() * pieces,
+        (out, logits, bias, targets, mask, *stats, *gradients),
+        (inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces),
+        (transform.factor, transform.squeeze or 0.0),
+        {
+            "ACC": TRITON_DTYPE[arithmetic_dtype(logits.dtype)],
+            "SOFTCAP": transform.softcap is not None,
+            "EVEN": vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
+            "BLOCK": settings.block,
+            "WIDTH": width,
+        },
         num_warps=settings.warps,
     )
 

@@ -18,7 +18,7 @@ class Settings(NamedTuple):
         stages: depth of the software pipeline of loads.
         segments: pieces that a row is cut into; part of the result's bits, so never a function of the number of rows.
         resident: programs that a multiprocessor runs at once.
-        split: rows a multiprocessor below which programs share rows, a segment each.
+        split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
     """
 
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
     stages: int
     segments: int
     resident: int
-    split: int
+    split: float
     registers: int | None = None
 
 
@@ -37,6 +37,20 @@ class BackwardSettings(NamedTuple):
 
     block: int
     warps: int
+
+
+# (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
+# them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
+FORWARD = {
+    "sm90": (
+        (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
+        (2**31, True, Settings(2, 128, 4, 1, 4, 6, 1.0, 80)),
+        (65536, False, Settings(1, 128, 4, 6, 1, 16, 0)),
+        (2**31, None, Settings(2, 256, 8, 4, 4, 4, 0.75, 64)),
+    )
+}
+# `block` for 2-byte logits; wider ones take as many bytes.
+BACKWARD = {"sm90": BackwardSettings(4096, 8)}
 
 
 def vector_width(logits: torch.Tensor) -> int:
@@ -55,16 +69,30 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_settings(logits: torch.Tensor) -> Settings:
-    """The table's entry for these logits."""
-    vocab = logits.shape[-1]
-    if vocab < 2048:
-        return Settings(2, 32, 1, 3, 1, 16, 0)
-    if vocab < 65536:
-        return Settings(2, 64, 2, 6, 1, 16, 0)
-    return Settings(2, 128, 4, 3, 4, 8, 4, 64)
+def registers(most: int | None, device: torch.device) -> dict[str, int]:
+    """Triton's option for a limit on registers, where there is one to set."""
+    return {"maxnreg": most} if most is not None and device.type == "cuda" and torch.version.hip is None else {}
+
+
+def forward_settings(vocab: int, width: int, itemsize: int) -> Settings:
+    """The table's entry for rows of `vocab` logits of `itemsize` bytes that are read `width` at a time."""
+    shape = FORWARD.get(gpu(), FORWARD["sm90"])
+    narrow = width * itemsize < 8
+    return next(settings for most, takes, settings in shape if vocab <= most and takes in (narrow, None))
 
 
 def backward_settings(itemsize: int) -> BackwardSettings:
     """The table's entry for logits of `itemsize` bytes."""
-    return BackwardSettings(8192 // itemsize, 8)
+    settings = BACKWARD.get(gpu(), BACKWARD["sm90"])
+    return BackwardSettings(settings.block * 2 // itemsize, settings.warps)
+
+
+@cache
+def gpu() -> str:
+    """The table's name for the GPU in use; what is not in the table uses the entry of sm90."""
+    if not torch.cuda.is_available():
+        return "sm90"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"

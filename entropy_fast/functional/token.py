@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,8 +76,15 @@ def token_stats(
 
 
 def as_tensor(temperature: float) -> torch.Tensor:
-    """A float64 tensor on the CPU; a product, because torch.compile then keeps the number a variable."""
-    return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    """A float64 tensor on the CPU; under torch.compile a product, which keeps the number a variable."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    return _remembered(temperature)
+
+
+@lru_cache(maxsize=64)
+def _remembered(temperature: float) -> torch.Tensor:
+    return torch.tensor(temperature, dtype=torch.float64, device="cpu")
 
 
 def _lse(

@@ -1,0 +1,51 @@
+"""Launching at a low cost to the host: what Triton's launcher works out anew on every call is remembered.
+
+Triton looks at every argument to find the compiled kernel that fits; on a slow host that takes longer than many of the
+kernels here run. The key below holds all that a compiled kernel depends on: constants, options, the tensors' dtypes
+and whether they start on 16 bytes, and whether an integer needs 64 bits. So kernels launched here must name all their
+integers in `do_not_specialize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[torch.Tensor | None],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    constants: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Run `programs` programs of a kernel whose parameters are tensors, integers, floats and constants, in that order.
+
+    `options` are Triton's (num_warps and so on). Multiply-adds are fused, whatever Triton's default.
+    """
+    device = next(t.device for t in tensors if t is not None)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, programs, tensors, integers, floats, constants, **options)
+    key = (
+        id(kernel),
+        device,
+        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+        *[n.bit_length() > 31 for n in integers],
+        *constants.values(),
+        *options.values(),
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*tensors, *integers, *floats, *constants.values())
+        return None
+    compiled = kernel[(programs,)](*tensors, *integers, *floats, **constants, enable_fp_fusion=True, **options)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[key] = compiled
+    return None

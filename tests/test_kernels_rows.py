@@ -1,0 +1,360 @@
+"""The kernels on logits without a GPU: run by Triton's interpreter, and compiled for the GPUs they are meant for.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted half of this file runs in a process of its own,
+started by `test_in_the_interpreter`.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from entropy_fast.kernels.device import log1p_below_half, one_minus_exp, tanh  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it")
+compiles = pytest.mark.skipif(INTERPRETED, reason="compiles")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the other half")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    run = subprocess.run(
+        [*command, "--import-mode=importlib", __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", run.stdout)
+
+
+def small(segments=3, split=100):
+    """Settings with which a vocabulary of 100 has whole blocks, a tail and several segments."""
+    from entropy_fast.kernels.settings import Settings
+
+    return Settings(unroll=2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split)
+
+
+def reference(logits, targets, mask=None, bias=None, transform=None):
+    """The plain-torch statistics in float64, shaped like the targets."""
+    from entropy_fast.reference import rows
+    from entropy_fast.reference.transform import Transform
+
+    flat = None if mask is None else mask.reshape(-1)
+    wide = None if bias is None else bias.double()
+    x = logits.double().reshape(-1, logits.shape[-1])
+    stats = rows.row_stats(x, targets.reshape(-1), flat, wide, transform or Transform())
+    return rows.RowStats(*(t.view(targets.shape) for t in stats))
+
+
+def assert_close(got, expected, atol):
+    for a, e in zip(got[:2], expected[:2], strict=True):
+        assert torch.equal(a.isnan(), e.isnan())
+        assert torch.equal(a.isneginf(), e.isneginf())
+        assert ((a.double() - e)[e.isfinite()].abs() <= atol).all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [(), (0.75, 0.5, 4.0)])
+@pytest.mark.parametrize(("vocab", "segments"), [(3, 1), (96, 1), (131, 3)])
+def test_forward_matches_float64(dtype, options, vocab, segments):
+    from entropy_fast.kernels.rows import row_stats
+    from entropy_fast.reference.transform import Transform
+
+    transform = Transform(*options)
+    g = torch.Generator().manual_seed(vocab)
+    logits = (3 * torch.randn(2, 3, vocab, generator=g)).to(dtype)
+    targets = torch.randint(vocab, (2, 3), generator=g)
+    bias = torch.randn(vocab, generator=g).double() if dtype == torch.float64 else torch.randn(vocab, generator=g)
+    b = bias if vocab == 131 else None
+    got = row_stats(logits, targets, None, b, transform, small(segments))
+    assert_close(got, reference(logits, targets, None, b, transform), 1e-13 if dtype == torch.float64 else 3e-6)
+
+
+@interpreted
+def test_minus_infinity_nan_and_outside_targets():
+    from entropy_fast.kernels.rows import row_stats
+
+    logits = 3 * torch.randn(1, 9, 100)
+    targets = torch.randint(40, 60, (1, 9))
+    logits[0, 0, :30] = logits[0, 1, 70:] = logits[0, 2, 3:40] = -math.inf
+    logits[0, 3, 7], logits[0, 4, 99], logits[0, 5] = math.nan, math.inf, -math.inf
+    logits[0, 6, 50], targets[0, 6] = -math.inf, 50
+    logits[0, 7] = torch.finfo(torch.float32).min
+    logits[0, 8, 10:] = torch.finfo(torch.float32).min
+    expected = reference(logits, targets)
+    for segments, split in ((1, 0), (3, 0), (3, 100)):
+        assert_close(row_stats(logits, targets, None, None, _plain(), small(segments, split)), expected, 3e-6)
+    targets[0, 0], targets[0, 1] = 100, -1
+    out = row_stats(logits, targets, None, None, _plain(), small())
+    assert out.logprob[0, :2].isnan().all()
+    assert out.entropy[0, :2].isnan().all()
+
+
+def _plain():
+    from entropy_fast.reference.transform import Transform
+
+    return Transform()
+
+
+@interpreted
+def test_a_confident_row_keeps_its_digits():
+    from entropy_fast.kernels.rows import row_stats
+
+    for gap in (5.0, 18.5, 40.0):
+        for offset in (0.0, 200.0):
+            logits = torch.full((1, 1, 100), offset - gap)
+            logits[0, 0, 57] = offset
+            out = row_stats(logits, torch.tensor([[57]]), None, None, _plain(), small())
+            rest = 99 * math.exp(-gap)
+            assert float(out.logprob) == pytest.approx(-math.log1p(rest), rel=1e-5)
+            assert float(out.entropy) == pytest.approx(math.log1p(rest) + gap * rest / (1 + rest), rel=1e-5)
+
+
+@interpreted
+def test_masks_splits_and_batches_leave_the_bits_alone():
+    from entropy_fast.kernels.rows import row_stats
+
+    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
+    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    whole = row_stats(logits, targets, None, None, _plain(), small(split=0))
+    split = row_stats(logits, targets, None, None, _plain(), small(split=100))
+    alone = row_stats(logits[1:, 2:3], targets[1:, 2:3].contiguous(), None, None, _plain(), small(split=0))
+    clean = [row_stats(logits, targets, mask, None, _plain(), small(split=s)) for s in (0, 100)]
+    logits[~mask], targets[~mask] = math.nan, -100
+    dirty = row_stats(logits, targets, mask, None, _plain(), small())
+    for a, b, one, c, d, e in zip(whole, split, alone, *clean, dirty, strict=True):
+        assert torch.equal(a, b)
+        assert a[1, 2] == one[0, 0]
+        for masked in (c, d, e):
+            assert torch.equal(masked, torch.where(mask, a, 0.0))
+
+
+@interpreted
+def test_strides():
+    from entropy_fast.kernels.rows import row_stats
+
+    base = 3 * torch.randn(4, 5, 120)
+    for view in (base[:, :-1], base[:, 1:], base[..., :104], base[..., 3:90], base.transpose(0, 1), base[::2, ::3]):
+        targets = torch.randint(view.shape[-1], view.shape[:2])
+        assert_close(row_stats(view, targets, None, None, _plain(), small()), reference(view, targets), 3e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [(), (0.75, 0.5, 4.0)])
+@pytest.mark.parametrize("vocab", [96, 131])
+def test_backward_matches_float64(dtype, options, vocab):
+    from entropy_fast.kernels.rows import row_stats
+    from entropy_fast.kernels.rows_backward import row_stats_backward
+    from entropy_fast.kernels.settings import BackwardSettings
+    from entropy_fast.reference import rows
+    from entropy_fast.reference.transform import Transform
+
+    transform, block = Transform(*options), BackwardSettings(32, 1)
+    logits, targets = (3 * torch.randn(2, 3, vocab)).to(dtype), torch.randint(vocab, (2, 3))
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    bias = torch.randn(vocab)
+    stats = row_stats(logits, targets, mask, bias, transform, small())
+    gradients = rows.RowGradients(*torch.randn(3, 2, 3).to(stats.logprob.dtype))
+    x = logits.double().view(6, vocab)
+    exact = rows.row_stats(x, targets.view(-1), mask.view(-1), bias.double(), transform)
+    wide = rows.RowGradients(*(g.double().view(-1) for g in gradients))
+    expected = torch.empty_like(x)
+    rows.row_stats_backward(x, targets.view(-1), mask.view(-1), bias.double(), transform, exact, wide, expected, None)
+    out = torch.full_like(logits, math.nan)
+    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, out, block)
+    bound = {torch.bfloat16: 2.0**-8, torch.float32: 1e-6, torch.float64: 1e-7 if transform.softcap else 1e-13}[dtype]
+    assert (out.double().view(6, vocab) - expected).norm() <= bound * expected.norm()
+    assert not out[~mask].any()
+    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, logits, block)
+    assert torch.equal(logits, out)
+
+
+@interpreted
+@pytest.mark.parametrize("include_eos", [True, False])
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_sequences(include_eos, stop_at_eos):
+    from entropy_fast.kernels.rows import sequence_stats
+    from entropy_fast.reference.masks import Counting, generated_columns, token_masks
+
+    n, t, vocab = 5, 11, 37
+    logits, tokens = torch.randn(n, t, vocab), torch.randint(6, (n, t))
+    attention_mask = torch.rand(n, t) < 0.9
+    lens = torch.randint(1, t, (n,))
+    attention_mask[3] = False
+    tokens[attention_mask.logical_not()] = -100
+    masks = token_masks(tokens, generated_columns(attention_mask, lens), Counting((3, 4), include_eos, stop_at_eos))
+    eos = torch.tensor([3, 4])
+    out, sequences = sequence_stats(
+        logits, tokens, attention_mask, lens, eos, include_eos, stop_at_eos, None, _plain(), small()
+    )
+    rows = reference(logits[:, :-1], tokens[:, 1:].contiguous(), masks.generated[:, 1:])
+    for got, expected in zip(out[:2], rows[:2], strict=True):
+        assert (got[:, 1:] - expected).abs().max() < 2e-6
+        assert not got[:, 0].any()
+    counted = masks.counted[:, 1:]
+    sums = [(rows.logprob * counted).sum(1), (rows.entropy * counted).sum(1), rows.logprob.sum(1)]
+    for got, expected in zip(sequences.sums, sums, strict=True):
+        assert (got - expected).abs().max() < t * 2e-6
+    assert torch.equal(sequences.lengths, masks.lengths)
+    assert torch.equal(sequences.eos_column, masks.eos_column)
+    assert torch.equal(sequences.runs_past_eos, masks.runs_past_eos)
+
+
+@triton.jit
+def forms_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, log1p_below_half(tl.abs(x)))
+    tl.store(out_ptr + N + i, one_minus_exp(-tl.abs(x) * 8))
+    tl.store(out_ptr + 2 * N + i, tanh(x * 8))
+
+
+@interpreted
+def test_exact_forms_near_zero():
+    for dtype, bound in ((torch.float32, 3e-7), (torch.float64, 1e-15)):
+        x = (torch.rand(256, dtype=dtype) - 0.5) * 10.0 ** -torch.randint(0, 12, (256,)).to(dtype)
+        out = torch.empty(3, 256, dtype=dtype)
+        forms_kernel[(1,)](x, out, 256)
+        w = x.double()
+        assert (out[0] / torch.log1p(w.abs()) - 1).abs().max() < bound
+        assert (out[1] / -torch.expm1(-w.abs() * 8) - 1).abs().max() < bound
+        if dtype == torch.float32:
+            assert (out[2] / torch.tanh(w * 8) - 1).abs().max() < bound
+        else:
+            assert (out[2] - torch.tanh(w * 8)).abs().max() < bound
+
+
+TARGETS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
+COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90]
+COMPILATIONS += [(("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32") for everything in (False, True)]
+COMPILATIONS += [(("cuda", 90), "*fp64", False)]
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
+SCALARS = dict.fromkeys((*SCALARS, "out_outer", "out_inner", "pieces", "positions", "columns", "eos_count"), "i32")
+SCALARS |= {"factor": "fp64", "squeeze": "fp64"}
+TYPES = {"targets_ptr": "*i64", "tokens_ptr": "*i64", "prompt_lens_ptr": "*i64", "eos_ptr": "*i64"}
+TYPES |= {"eos_column_ptr": "*i64", "sums_ptr": "*fp64", "mask_ptr": "*i1", "attention_ptr": "*i1"}
+TYPES |= {"runs_past_ptr": "*i1"} | dict.fromkeys(
+    ("active_ptr", "counters_ptr", "pending_ptr", "rows_ptr", "count_ptr", "lengths_ptr"), "*i32"
+)
+
+
+def _compile(kernel, logits_type, constants, target, **options):
+    """Compile for a GPU that need not be here; pointers are aligned, those in `constants` absent."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    real = {"logits_ptr": logits_type, "out_ptr": logits_type}
+    names = kernel.arg_names
+    signature = {
+        n: "constexpr"
+        if n in constants
+        else (SCALARS | TYPES | real).get(n, "*fp64" if "64" in logits_type else "*fp32")
+        for n in names
+    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    backend, arch = target
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget(backend, arch, 64 if backend == "hip" else 32), options=options)
+
+
+def _stack_bytes(compiled, tmp_path):
+    """Bytes of stack a thread, which is where ptxas spills to, from the cubin's resource usage."""
+    from triton.backends.nvidia import driver
+
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(driver.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def _forward_constants(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True):
+    from entropy_fast.kernels.settings import forward_settings
+
+    bits = int(logits_type[-2:])
+    width = 128 // bits if aligned else 1
+    settings = forward_settings(vocab, width, bits // 8)
+    constants = {
+        "ACC": tl.float64 if bits == 64 else tl.float32,
+        "SOFTCAP": softcap,
+        "EVEN": aligned,
+        "SEQUENCES": sequences,
+        "INCLUDE_EOS": True,
+        "SEGMENTS": settings.segments,
+        "UNROLL": settings.unroll * (128 // bits) // width,
+        "LANES": settings.lanes,
+        "WIDTH": width,
+        "STAGES": settings.stages,
+    }
+    absent = [] if bias else ["bias_ptr"]
+    absent += [] if settings.segments > 1 else ["partials_ptr"]
+    if not sequences:
+        absent += ["active_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
+    return constants | dict.fromkeys(absent), settings
+
+
+@compiles
+@pytest.mark.parametrize(("target", "logits_type", "everything"), COMPILATIONS)
+def test_forward_compiles_without_spills(target, logits_type, everything, tmp_path):
+    from entropy_fast.kernels.rows import row_stats_kernel
+
+    for vocab in (32000, 128256) if target == ("cuda", 90) else (128256,):
+        for aligned in (True, False):
+            constants, settings = _forward_constants(
+                logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
+            )
+            options = {"num_warps": settings.warps}
+            if settings.registers and target[0] == "cuda":
+                options["maxnreg"] = settings.registers
+            compiled = _compile(row_stats_kernel, logits_type, constants, target, **options)
+            if target == ("cuda", 90) and logits_type != "*fp64" and not everything:
+                assert _stack_bytes(compiled, tmp_path) == 0, (vocab, aligned)
+            if target[0] == "cuda" and aligned:
+                assert re.search(
+                    r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
+                )
+
+
+@compiles
+@pytest.mark.parametrize(("target", "logits_type", "everything"), COMPILATIONS)
+def test_backward_compiles_without_spills(target, logits_type, everything, tmp_path):
+    from entropy_fast.kernels.rows_backward import row_stats_backward_kernel
+    from entropy_fast.kernels.settings import backward_settings
+
+    bits = int(logits_type[-2:])
+    settings = backward_settings(bits // 8)
+    constants = {"ACC": tl.float64 if bits == 64 else tl.float32, "SOFTCAP": everything, "EVEN": not everything}
+    constants |= {"BLOCK": settings.block, "WIDTH": 128 // bits}
+    if not everything:
+        constants |= dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
+    compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, num_warps=settings.warps)
+    if target == ("cuda", 90):
+        assert _stack_bytes(compiled, tmp_path) == 0
+    if target[0] == "cuda":
+        assert re.search(r"st\.global[\w.:]*\.v(4\.b32|2\.b64)", compiled.asm["ptx"])
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
+def test_plans_compile(target):
+    from entropy_fast.kernels.plan import list_active_kernel, plan_sequences_kernel
+
+    _compile(list_active_kernel, "*bf16", {"BLOCK": 1024}, target)
+    for flag in (False, True):
+        constants = {"BLOCK": 1024, "INCLUDE_EOS": flag, "STOP_AT_EOS": flag}
+        _compile(plan_sequences_kernel, "*bf16", constants, target)
