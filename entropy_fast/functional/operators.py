@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -69,7 +70,9 @@ def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap):
     return tuple(t.view(targets.shape) for t in joined)
 
 
-def _write_gradient_torch(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
+def _write_gradient_torch(
+    out: torch.Tensor, logits: torch.Tensor, targets, mask, bias, temperature, scale, softcap, *rest: Any
+) -> torch.Tensor:
     """Fill `out` with the gradient of the logits; returns that of the bias."""
     *stats_and_gradients, needs_bias = rest
     transform = _transform(temperature, scale, softcap)
@@ -77,7 +80,8 @@ def _write_gradient_torch(out, logits, targets, mask, bias, temperature, scale, 
     if needs_bias:
         d_bias = torch.zeros(bias.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
     for at, (matrix, written) in _matrices(logits, out):
-        y, active, *values = (None if t is None else t.reshape(-1)[at] for t in (targets, mask, *stats_and_gradients))
+        part: list[Any] = [None if t is None else t.reshape(-1)[at] for t in (targets, mask, *stats_and_gradients)]
+        y, active, *values = part
         stats, gradients = RowStats(*values[:4]), RowGradients(*values[4:])
         reference.row_stats_backward(matrix, y, active, bias, transform, stats, gradients, written, d_bias)
     return logits.new_empty(0) if d_bias is None else d_bias.to(bias.dtype)

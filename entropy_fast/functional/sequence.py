@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,23 +61,30 @@ def sequence_stats(
     inputs = (logits, tokens, attention_mask, prompt_lens, list(eos_token_ids), include_eos, stop_at_eos)
     transform = (bias, as_tensor(temperature), scale, softcap)
     if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
-        logprob, entropy, _, _, *rest, sums = torch.ops.entropy_fast.sequence_stats(*inputs, *transform)
-        return SequenceStats(*_by_name(sums.unbind(), rest), logprob, entropy)
+        logprob, entropy, _, _, *found, sums = torch.ops.entropy_fast.sequence_stats(*inputs, *transform)
+        return _assemble(logprob, entropy, *found, *sums.unbind())
     if inplace_backward:
         check_in_place(logits)
-    logprob, entropy, *rest_and_sums = _SequenceStats.apply(*inputs, *transform, inplace_backward)
-    return SequenceStats(*_by_name(rest_and_sums[3:], rest_and_sums[:3]), logprob, entropy)
+    return _assemble(*_SequenceStats.apply(*inputs, *transform, inplace_backward))
 
 
-def _by_name(sums: Sequence[torch.Tensor], rest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """(S, R, L, emitted_logprob, eos_column, runs_past_eos)."""
-    return sums[0], sums[1], rest[0], sums[2], rest[1], rest[2]
+def _assemble(
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    lengths: torch.Tensor,
+    eos_column: torch.Tensor,
+    runs_past_eos: torch.Tensor,
+    s: torch.Tensor,
+    r: torch.Tensor,
+    emitted: torch.Tensor,
+) -> SequenceStats:
+    return SequenceStats(s, r, lengths, emitted, eos_column, runs_past_eos, logprob, entropy)
 
 
 class _SequenceStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs):
-        *inputs, in_place = inputs
+    def forward(ctx: Any, *arguments):
+        *inputs, in_place = arguments
         *stats, lengths, eos_column, runs_past_eos, sums = torch.ops.entropy_fast.sequence_stats(*inputs)
         logits, tokens, attention_mask, prompt_lens, _, include_eos, stop_at_eos, bias, temperature, *options = inputs
         ctx.save_for_backward(logits, tokens, attention_mask, prompt_lens, bias, temperature, eos_column, *stats)
