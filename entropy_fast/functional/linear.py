@@ -41,7 +41,8 @@ def linear_token_stats(
 
     The logits are z = softcap · tanh(scale · (hidden Wᵀ + bias) / softcap) / temperature (without a softcap,
     z = scale · (hidden Wᵀ + bias) / temperature). They are never rounded to the inputs' dtype and never stored; beside
-    inputs and gradients the memory does not grow with rows × vocabulary.
+    inputs and gradients the memory does not grow with rows × vocabulary. On a GPU a position's bits do not depend on
+    the positions around it (on a CPU, and with precision="exact", they are as the library's GEMM makes them).
 
     Args:
         hidden: (..., width), bf16, fp16, float32 or float64: the input of the head.

@@ -24,7 +24,7 @@ from entropy_fast.reference.rows import LOWEST, RowGradients, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
 # (rows, columns) of a tile of logits. On a CPU it stays in cache while the statistics are taken; on an accelerator it
-# fills the device (512 MiB of float32). Constant, because a row's bits must not depend on how many rows there are.
+# fills the device (512 MiB of float32).
 CPU_TILE = (512, 2048)
 ACCELERATOR_TILE = (4096, 32768)
 
@@ -85,6 +85,13 @@ def _tile_shape(device: torch.device) -> tuple[int, int]:
     return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
+def _tile_for(rows: int, device: torch.device, filtered: bool) -> tuple[int, int]:
+    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own."""
+    tile_rows, tile_columns = _tile_shape(device)
+    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), 32))
+    return tile_rows, widening * tile_columns
+
+
 def linear_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -109,7 +116,7 @@ def linear_stats(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_shape(hidden.device)
+    tile_rows, tile_columns = _tile_for(rows, hidden.device, filtered)
     x = hidden.to(dtype)
     m = torch.full((rows,), -math.inf, dtype=dtype, device=hidden.device)
     rest = torch.zeros_like(m)
@@ -125,14 +132,14 @@ def linear_stats(
             inside = (column >= 0) & (column < z.shape[1])
             picked = z.gather(1, column.clamp(0, z.shape[1] - 1).long()[:, None])[:, 0]
             z_target[r] = torch.where(inside, picked, z_target[r])
-            m_tile, largest = z.max(1)
+            m_tile = z.amax(1)
             # a row of only −inf so far has no maximum to shift by: shift by 0, and every term is e^(−inf) = 0
             d = z.sub_(torch.where(m_tile == -math.inf, 0.0, m_tile)[:, None])
             p = d.exp()
             # p is exactly 0 far below the maximum; the clamp keeps 0 · (−inf) out
             d.clamp_(min=LOWEST)
             e_tile = torch.einsum("nv,nv->n", p, d)
-            rest_tile = p.scatter_(1, largest[:, None], 0.0).sum(1)
+            rest_tile = _sum_less_peak(p)
             m[r], rest[r], e[r] = _merge(m[r], rest[r], e[r], m_tile, rest_tile, e_tile)
             if slab_lse is not None:
                 slab_lse[slab, r] = m_tile + rest_tile.log1p()
@@ -140,6 +147,16 @@ def linear_stats(
     nothing = m == -math.inf if shard else (m == -math.inf) | z_target.isnan()
     log_sum = torch.where(nothing, math.nan, rest).log1p()
     return LinearStats(z_target - m - log_sum, log_sum - e / (1.0 + rest), m, log_sum), slab_lse
+
+
+def _sum_less_peak(p: torch.Tensor) -> torch.Tensor:
+    """Σ p less the 1 of the row's largest entry, with its digits where that 1 is nearly all."""
+    rest = p.sum(1) - 1.0
+    few = (rest < 2.0**-4).nonzero()[:, 0]
+    if len(few):
+        q = p[few]
+        rest[few] = q.scatter_(1, q.argmax(1, keepdim=True), 0.0).sum(1)
+    return rest
 
 
 def _merge(
@@ -177,7 +194,7 @@ def linear_backward(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_shape(hidden.device)
+    tile_rows, tile_columns = _tile_for(rows, hidden.device, kept is not None)
     x = hidden.to(dtype)
     d_hidden = torch.zeros_like(x) if needs[0] else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
