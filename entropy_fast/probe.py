@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from entropy_fast.config import Config
+from entropy_fast.component import Component
 from entropy_fast.direction import delta_h1, norm
 from entropy_fast.errors import InputError
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.scoring import Scorer, Scoring
-from entropy_fast.update import one_step
+from entropy_fast.scoring import Scorer
 
 
-class ProbeComponents:
+class ProbeComponents(Component):
     """Teacher-forced log-probs with gradients, and what is built on them.
 
-    Args:
-        model: a causal language model.
-        config: the proposal's configuration (a mapping, or a `Config`); see `Config.from_dict`.
-        logger: a `logging.Logger`; None takes the package's.
-        tokenizer: its EOS ids join the model's; optional.
+    The arguments are those of `Component`.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Mapping[str, Any] | Config | None = None,
-        logger: logging.Logger | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        self.model = model
-        self.config = config if isinstance(config, Config) else Config.from_dict(config, strict=False)
-        self.logger = logger or logging.getLogger("entropy_fast")
-        self.tokenizer = tokenizer
 
     def _teacher_force_logprobs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Score the batch with gradients.
@@ -118,17 +100,7 @@ class ProbeComponents:
             other unit, `step_norm`, and `update` (loss, gradient norm, share of weights left unchanged).
         """
         rollouts = Rollouts.from_batch(batch)
-        settings = self.config.importance_sampling
-        with one_step(
-            self.model,
-            optimizer,
-            rollouts,
-            self._scoring(gradients=True),
-            loss=settings.training_loss,
-            master_weights=settings.master_weights,
-            max_grad_norm=settings.max_grad_norm,
-            snapshot_device=settings.snapshot_device,
-        ) as (step, snapshot):
+        with self._one_step(optimizer, rollouts) as (step, snapshot):
             direction = snapshot.difference()
         entropy = self.config.entropy
         result = delta_h1(
@@ -141,9 +113,6 @@ class ProbeComponents:
             method=method,
         )
         return result.to_dict() | {"update": vars(step) | {"step_norm": norm(direction)}}
-
-    def _scoring(self, *, gradients: bool = False) -> Scoring:
-        return Scoring.from_config(self.config, self.model, self.tokenizer, gradients=gradients)
 
     def _probe_sums(self, S_dict: Mapping[str, Any]) -> Tensor:
         s = S_dict["S"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,35 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.change import Change, measure_change, measure_noise_floor
+from entropy_fast.component import Component
 from entropy_fast.config import Config
 from entropy_fast.parts import Attribution, attribute, update_parts
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.scoring import Scoring, score
+from entropy_fast.scoring import score
 from entropy_fast.sweep import Sweep, sweep
-from entropy_fast.update import Snapshot, StepReport, one_step
+from entropy_fast.update import StepReport
 
 
-class ImportanceSampler:
+class ImportanceSampler(Component):
     """Scores rollouts before and after one optimizer step and reports the change of entropy with its uncertainty.
 
-    Args:
-        model: a causal language model; every method leaves it, and the optimizer, bit for bit as they were.
-        config: the proposal's configuration (a mapping, or a `Config`); see `Config.from_dict`.
-        logger: a `logging.Logger`; None takes the package's.
-        tokenizer: its EOS ids join the model's; optional.
+    The arguments are those of `Component`.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Mapping[str, Any] | Config | None = None,
-        logger: logging.Logger | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        self.model = model
-        self.config = config if isinstance(config, Config) else Config.from_dict(config, strict=False)
-        self.logger = logger or logging.getLogger("entropy_fast")
-        self.tokenizer = tokenizer
 
     def compute_entropy_change(
         self, batch_data: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None
@@ -113,8 +97,8 @@ class ImportanceSampler:
         rollouts = Rollouts.from_batch(batch_data)
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         result = self.compute_entropy_change(batch_data, optimizer)
-        first = score(self.model, rollouts, self._scoring(self.config))
-        second = score(self.model, rollouts, replace(self._scoring(self.config), layout=first.layout))
+        first = score(self.model, rollouts, self._scoring())
+        second = score(self.model, rollouts, replace(self._scoring(), layout=first.layout))
         faults = []
         if not torch.equal(first.logprob, second.logprob):
             faults.append("scoring the same policy twice gave different log-probs")
@@ -146,7 +130,7 @@ class ImportanceSampler:
         """
         rollouts = Rollouts.from_batch(batch_data)
         clock = _Clock(self.model)
-        scoring = self._scoring(self.config)
+        scoring = self._scoring()
         with original or nullcontext():
             first = score(self.model, rollouts, scoring)
             clock.lap("score_original")
@@ -177,7 +161,7 @@ class ImportanceSampler:
         """
         rollouts = Rollouts.from_batch(batch_data)
         stepped = rollouts if U_batch is None else Rollouts.from_batch(U_batch)
-        with self._one_step(self.model, self._optimizer(self.model, optimizer), stepped, self.config) as (_, snapshot):
+        with self._one_step(self._optimizer(self.model, optimizer), stepped) as (_, snapshot):
             direction = snapshot.difference()
         return sweep(
             self.model,
@@ -202,11 +186,11 @@ class ImportanceSampler:
             self.model,
             self._optimizer(self.model, optimizer),
             rollouts,
-            Scoring.from_config(self.config, self.model, self.tokenizer, gradients=True),
+            self._scoring(gradients=True),
             loss=settings.training_loss,
             max_grad_norm=settings.max_grad_norm,
         )
-        return attribute(self.model, rollouts, parts, self._scoring(self.config))
+        return attribute(self.model, rollouts, parts, self._scoring())
 
     def _compute_logprobs_for_sequences(
         self, sequences: Tensor, prompt_lens: Tensor, attention_masks: Tensor
@@ -220,7 +204,7 @@ class ImportanceSampler:
         """
         batch = {"sequences": sequences, "prompt_lens": prompt_lens, "attention_masks": attention_masks}
         rollouts = Rollouts.from_batch(batch)
-        scores = score(self.model, rollouts, replace(self._scoring(self.config), entropy=False))
+        scores = score(self.model, rollouts, replace(self._scoring(), entropy=False))
         return rollouts.reshape(scores.S.float()), rollouts.reshape(scores.lengths)
 
     def _change_by_step(
@@ -233,12 +217,12 @@ class ImportanceSampler:
     ) -> tuple[Change, StepReport, dict[str, float]]:
         optimizer = self._optimizer(model, optimizer)
         clock = _Clock(model)
-        scoring = Scoring.from_config(config, model, self.tokenizer)
+        scoring = self._scoring(config, model)
         original = score(model, evaluated, scoring)
         clock.lap("score_original")
         floor = measure_noise_floor(model, evaluated, original, config, scoring)
         clock.lap("noise_floor")
-        with self._one_step(model, optimizer, stepped, config) as (step, _):
+        with self._one_step(optimizer, stepped, config, model) as (step, _):
             clock.lap("update")
             updated = score(model, evaluated, replace(scoring, layout=original.layout))
             clock.lap("score_updated")
@@ -247,28 +231,10 @@ class ImportanceSampler:
         clock.lap("statistics")
         return change, step, clock.laps | {"total": sum(clock.laps.values())}
 
-    def _one_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rollouts: Rollouts, config: Config
-    ) -> AbstractContextManager[tuple[StepReport, Snapshot]]:
-        settings = config.importance_sampling
-        return one_step(
-            model,
-            optimizer,
-            rollouts,
-            Scoring.from_config(config, model, self.tokenizer, gradients=True),
-            loss=settings.training_loss,
-            master_weights=settings.master_weights,
-            max_grad_norm=settings.max_grad_norm,
-            snapshot_device=settings.snapshot_device,
-        )
-
     def _optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
         if optimizer is not None:
             return optimizer
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.config.learning_rate)
-
-    def _scoring(self, config: Config) -> Scoring:
-        return Scoring.from_config(config, self.model, self.tokenizer)
 
     def _with_importance(self, overrides: Mapping[str, Any] | None) -> Config:
         sections = self.config.to_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 from entropy_fast._version import __version__
 from entropy_fast.change import Change
-from entropy_fast.errors import InputError
 from entropy_fast.estimators.change import without_nan
-from entropy_fast.files import atomic_path, atomic_text
 from entropy_fast.report.length import LengthBias, length_bias
+from entropy_fast.report.writing import check_folder, write_json_and_picture
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,7 @@ class Report:
         Returns:
             The files that were written.
         """
-        folder = check_folder(folder)
-        written = [folder / "report.json"]
-        with atomic_text(written[0]) as stream:
-            json.dump(self.to_dict(), stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
-        try:
-            from entropy_fast.report.figure import draw
-        except ImportError:  # matplotlib is an extra
-            return written
-        written.append(folder / "report.png")
-        with atomic_path(written[1]) as partial:
-            draw(self, partial)
-        return written
-
-
-def check_folder(folder: str | Path) -> Path:
-    """Return `folder` when a report can go there, else raise InputError: checked before the work, too."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder for the report")
-    return folder
+        return write_json_and_picture(self, folder, "report", "entropy_fast.report.figure")
 
 
 __all__ = ["LengthBias", "Report", "check_folder", "length_bias"]

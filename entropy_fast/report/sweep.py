@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from entropy_fast._version import __version__
 from entropy_fast.estimators.change import without_nan
-from entropy_fast.files import atomic_path, atomic_text
+from entropy_fast.report.writing import write_json_and_picture
 from entropy_fast.sweep import Sweep
 
 _NOUNS = {"sequence": "sequence", "per_token": "token"}
@@ -41,19 +40,7 @@ class SweepReport:
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write `sweep.json` and, where matplotlib is installed, `sweep.png`; each whole or not at all."""
-        folder = Path(folder)
-        written = [folder / "sweep.json"]
-        with atomic_text(written[0]) as stream:
-            json.dump(self.to_dict(), stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
-        try:
-            from entropy_fast.report.sweep_figure import draw
-        except ImportError:  # matplotlib is an extra
-            return written
-        written.append(folder / "sweep.png")
-        with atomic_path(written[1]) as partial:
-            draw(self, partial)
-        return written
+        return write_json_and_picture(self, folder, "sweep", "entropy_fast.report.sweep_figure")
 
 
 def render(report: SweepReport) -> RenderableType:
