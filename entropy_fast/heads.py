@@ -204,9 +204,14 @@ def find_head(model: nn.Module) -> Head:
     says why.
 
     Raises:
-        InputError: the model has no logits at all (it isn't a language model).
+        InputError: the model has no logits at all (it isn't a language model), or reads its prompt with an encoder.
     """
     model = unwrap(model)
+    if accepts(model, "decoder_input_ids"):
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder, and rollouts hold prompt and completion in one sequence; "
+            "pass a decoder-only language model (AutoModelForCausalLM)"
+        )
     module = _head_module(model)
     transform = _transform_for(model)
     obstacle = "its class names no output embedding" if module is None else _obstacle_to_fusing(module)

@@ -1,5 +1,7 @@
 """Packed rows against right-padded ones and against each sequence alone; models that cannot be packed."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
@@ -146,6 +148,50 @@ def test_a_model_that_looks_ahead_is_refused():
         score(model, r)
 
 
+BIDIRECTIONAL = {
+    "is_decoder=True": lambda: tf.BertLMHeadModel(
+        tf.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "causal=True": lambda: tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4)),
+    "attn_type='uni'": lambda: tf.XLNetLMHeadModel(
+        tf.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    ),
+    "no switch for that": lambda: tf.CpmAntForCausalLM(
+        tf.CpmAntConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, dim_head=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("remedy", BIDIRECTIONAL)
+def test_the_refusal_names_the_switch_that_a_configuration_has(remedy):
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match=f"is not causal.*{remedy}"):
+        score(BIDIRECTIONAL[remedy]().eval(), grouped())
+
+
+def test_the_switch_makes_it_causal():
+    torch.manual_seed(0)
+    model = tf.XLMWithLMHeadModel(tf.XLMConfig(vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4, causal=True)).eval()
+    assert score(model, grouped()).S.isfinite().all()
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_difference_that_comes_once_does_not_block_a_layout(call):
+    """As when rounding swaps two nearly tied experts in one of a trial's passes."""
+    model, r = tiny("llama"), grouped()
+    calls = []
+
+    def swapped(_, __, h):
+        calls.append(1)
+        h[:, h.shape[1] // 2 :] += 0.01 * (len(calls) == call + 2)  # the first calls are the head's verification
+        return h
+
+    model.model.norm.register_forward_hook(swapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EntropyFastWarning)
+        assert score(model, r).layout.packed
+
+
 def test_a_model_that_padding_disturbs_is_scored_one_sequence_at_a_time():
     model, r = tiny("llama"), grouped()
 
@@ -166,6 +212,7 @@ def test_flash_attention_is_as_near_to_float64_as_padding_is(name):
     model = tiny(name, dtype=torch.bfloat16)
     exact = score(tiny(name, dtype=torch.bfloat16).double(), r, packing=False)
     model = model.cuda()
-    row, rows = score(model, r, packing=True), score(model, r, packing=False)
+    # where the model's own attention leaves Gemma 2's softcap out (some releases' SDPA does), falling back is right
+    row, rows = score(model, r, packing=None if name == "gemma2" else True), score(model, r, packing=False)
     noise = (rows.logprob - exact.logprob).square().mean()
     assert (row.logprob - exact.logprob).square().mean() < 4 * noise
