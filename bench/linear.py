@@ -102,7 +102,7 @@ def problem(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, 
     targets = torch.randint(0, vocab, (rows,), generator=g, device=device)
     if peaked:
         confident = torch.rand(rows, generator=g, device=device) < 0.8
-        # the tail of e^z holds about vocab · e^(σ²/2); a margin above its logarithm leaves e^(−margin) of the mass to it
+        # the tail of e^z holds about vocab · e^(1/2); this much above it the target leaves e^(−margin) of the mass
         margin = torch.empty(rows, device=device).uniform_(6.0, 16.0, generator=g)
         height = torch.log(torch.tensor(float(vocab), device=device)) + 0.5 + margin
         hidden += torch.where(confident, height, 0.0)[:, None] * weight[targets]
