@@ -78,17 +78,15 @@ def row_stats(
     dtype = arithmetic_dtype(logits.dtype)
     k = transform.factor
     out = RowStats(*(torch.zeros(len(targets), dtype=dtype, device=logits.device) for _ in range(4)))
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    buffers: list[torch.Tensor] = []
     for rows, w in _chunks(logits, mask, bias, transform):
-        if buffers is None:
-            width = vocab if vocab <= BLOCK else -(-vocab // BLOCK) * BLOCK
-            shape = (len(w), width)
-            buffers = torch.full(shape, LOWEST, dtype=dtype, device=w.device), w.new_empty(shape, dtype=dtype)
+        if not buffers:
+            buffers = [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(2)]
         d, p = (b[: len(w)] for b in buffers)
         peak = w.amax(1)
         # a row of −inf has no peak to shift by; shifted by 0 its s is 0, which becomes NaN below
         shift = torch.where(peak == -math.inf, 0.0, peak)
-        torch.sub(w, shift[:, None], out=d[:, :vocab])
+        torch.sub(w, shift[:, None], out=d)
         torch.exp(d if k == 1.0 else torch.mul(d, k, out=p), out=p)
         s = _row_sums(p, torch.float64)
         e = _row_sums(p.mul_(d.clamp_(min=LOWEST)), dtype)
@@ -168,6 +166,6 @@ def _chunks(
 
 
 def _row_sums(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if t.shape[1] <= BLOCK:
-        return t.sum(1, dtype=dtype)
-    return t.view(len(t), -1, BLOCK).sum(2, dtype=dtype).sum(1)
+    whole = t.shape[1] // BLOCK * BLOCK
+    rest = t[:, whole:].sum(1, dtype=dtype)
+    return t[:, :whole].unflatten(1, (-1, BLOCK)).sum(2, dtype=dtype).sum(1).add_(rest) if whole else rest

@@ -1,0 +1,184 @@
+"""Log-prob and entropy from logits beside the read floor, the copy rate and every peer that is installed.
+
+    python -m bench logits [--shapes 8192x128256 ...] [--dtype bfloat16] [--out bench/results/h100-logits.json]
+
+All in one run. The floor of the forward is one plain read of the logits, that of the backward a copy of them. Errors
+are against float64 over the first rows; a peer that is not installed is left out, one that fails is named on stderr.
+TRL's and this project's functions give log-prob and entropy, Liger's and Quack's the log-prob alone. The line `host`
+is what one call costs the host on a small input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import copy_ms, host_us, largest_errors, median_ms, peak_bytes, read_ms, report
+from entropy_fast import token_stats
+
+SHAPES = ["8192x32000", "8192x50257", "8192x128256", "8192x151936", "4096x256000", "1024x128256", "128x128256"]
+SHAPES += ["128x50257", "128x32000"]
+PACKAGES = ("torch", "triton", "entropy_fast", "trl", "liger-kernel", "quack-kernels", "flash-linear-attention")
+CHECKED_ROWS = 64
+BOTH, LOGPROB = "logprob, entropy", "logprob"
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+Function = Callable[[torch.Tensor, torch.Tensor], Pair]
+
+
+def ours(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
+    """This project."""
+    return token_stats(logits, targets)[:2]
+
+
+def eager(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
+    """Float32 log-softmax in one piece."""
+    logp = torch.log_softmax(logits.float(), -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def peers() -> dict[str, tuple[Function, str]]:
+    """Importable peers: name -> (function, what it gives)."""
+    found: dict[str, tuple[Function, str]] = {}
+    try:
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+        found["trl"] = (lambda x, y: selective_log_softmax_and_entropy(x, y), BOTH)
+    except ImportError:
+        pass
+    try:
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+        def liger(x: torch.Tensor, y: torch.Tensor) -> Pair:
+            # it scores all but the last column of one sequence
+            return fused_selective_log_softmax(x[None], y[None], 1.0)[0], None
+
+        found["liger"] = (liger, LOGPROB)
+    except ImportError:
+        pass
+    try:
+        from quack.cross_entropy import cross_entropy
+
+        found["quack"] = (lambda x, y: (-cross_entropy(x, y, reduction="none"), None), LOGPROB)
+    except ImportError:
+        pass
+    try:
+        from fla.modules.fused_cross_entropy import cross_entropy_loss
+
+        found["fla"] = (lambda x, y: (-cross_entropy_loss(x, y)[0], None), LOGPROB)
+    except ImportError:
+        pass
+    found["torch eager"] = (eager, BOTH)
+    found["torch compiled"] = (torch.compile(eager, dynamic=False), BOTH)
+    return found
+
+
+class Case:
+    """One shape: its tensors, its floors and the rows of the result."""
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: str) -> None:
+        g = torch.Generator(device).manual_seed(rows + vocab)
+        self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
+        for part in self.logits.split(1024):
+            part.copy_(3 * torch.randn(part.shape, generator=g, device=device))
+        self.targets = torch.randint(vocab, (rows,), generator=g, device=device)
+        logp = torch.log_softmax(self.logits[:CHECKED_ROWS].double(), -1)
+        picked = logp.gather(1, self.targets[:CHECKED_ROWS, None])[:, 0]
+        self.exact = (picked, -(logp.exp() * logp).sum(-1))
+        self.facts = {"shape": {"rows": rows, "vocab": vocab}, "dtype": str(dtype).removeprefix("torch.")}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, op: str, impl: str, outputs: str, ms: float, floor: float, **measured: Any) -> None:
+        """One row of the result."""
+        row = {"op": op, "impl": impl, **self.facts, "outputs": outputs, "ms": ms, "of_floor": ms / floor}
+        self.rows.append(row | {"peak_bytes": None, "error_logprob": None, "error_entropy": None} | measured)
+
+    def forward(self, functions: dict[str, tuple[Function, str]]) -> None:
+        """Time, memory and errors of the forward, and of half of it masked."""
+        floor = read_ms(self.logits)
+        self.add("forward", "floor", "", floor, floor)
+        for name, (function, outputs) in functions.items():
+
+            def call(function: Function = function) -> Pair:
+                with torch.no_grad():
+                    return function(self.logits, self.targets)
+
+            try:
+                errors = largest_errors(call(), self.exact)
+                measured = {"error_logprob": errors[0], "error_entropy": errors[1], "peak_bytes": peak_bytes(call)}
+                self.add("forward", name, outputs, median_ms(call), floor, **measured)
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+        mask = torch.arange(len(self.targets), device=self.targets.device) % 2 == 0
+        ms = median_ms(lambda: token_stats(self.logits, self.targets, mask=mask))
+        self.add("forward, half masked", "entropy_fast", BOTH, ms, floor)
+
+    def backward(self, functions: dict[str, tuple[Function, str]]) -> None:
+        """The backward of log-prob and entropy alone: the forward's graph is kept."""
+        floor = copy_ms(self.logits)
+        self.add("backward", "floor", "", floor, floor)
+        for name, (function, outputs) in functions.items():
+            x = self.logits.detach().requires_grad_()
+            try:
+                loss = sum(t.sum() for t in function(x, self.targets) if t is not None)
+
+                def call(loss: Any = loss, x: torch.Tensor = x) -> Any:
+                    return torch.autograd.grad(loss, x, retain_graph=True)
+
+                self.add("backward", name, outputs, median_ms(call), floor, peak_bytes=peak_bytes(call))
+            except Exception as error:
+                print(f"{name}, backward: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+        if self.logits.is_cuda:
+            self.add("backward, in place", "entropy_fast", BOTH, self._in_place(), floor)
+
+    def _in_place(self) -> float:
+        """The operator that writes over the logits, again and again over the same ones: its time knows no values."""
+        operators = torch.ops.entropy_fast
+        temperature = torch.tensor(1.0, dtype=torch.float64)
+        inputs = (self.targets, None, None, temperature, 1.0, None)
+        x = self.logits.clone()
+        stats = operators.row_stats(x, *inputs)
+        ones = torch.ones_like(stats[0])
+        return median_ms(lambda: operators.row_stats_backward_(x, *inputs, *stats, ones, ones, None, False))
+
+
+def host_rows(device: str) -> list[dict[str, Any]]:
+    """What a call costs the host, beside the cheapest operation of torch on the same tensors."""
+    x = torch.randn(4, 1024, device=device)
+    y = torch.zeros(4, dtype=torch.int64, device=device)
+    graph = x.clone().requires_grad_()
+    floor = host_us(lambda: torch.amax(x, -1))
+    calls = {"floor": floor, "entropy_fast": host_us(lambda: token_stats(x, y))}
+    calls["entropy_fast, differentiable"] = host_us(lambda: token_stats(graph, y))
+    facts = {"shape": {"rows": 4, "vocab": 1024}, "dtype": "float32", "outputs": "", "peak_bytes": None}
+    facts |= {"error_logprob": None, "error_entropy": None}
+    return [{"op": "host", "impl": n, **facts, "ms": us / 1e3, "of_floor": us / floor} for n, us in calls.items()]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxVOCAB")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    functions: dict[str, tuple[Function, str]] = {"entropy_fast": (ours, BOTH), **peers()}
+    rows = host_rows(device)
+    for shape in options.shapes:
+        case = Case(*(int(n) for n in shape.split("x")), getattr(torch, options.dtype), device)
+        case.forward(functions)
+        if not options.forward_only:
+            case.backward(functions)
+        rows += case.rows
+        del case
+    report(rows, PACKAGES, options.out)
+
+
+if __name__ == "__main__":
+    main()
