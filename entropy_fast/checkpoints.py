@@ -26,6 +26,7 @@ from entropy_fast.loading import (
     with_adapter,
 )
 from entropy_fast.policies import adapter_direction, adapter_off, state_difference
+from entropy_fast.resume import score_resumable
 from entropy_fast.scoring import Scores, Scoring, score
 from entropy_fast.sweep import Sweep, sweep
 
@@ -40,6 +41,7 @@ def score_checkpoint(
     *,
     device: torch.device | str | None = None,
     dtype: DType = "auto",
+    resume: str | Path | None = None,
     progress: StageProgress | None = None,
 ) -> Scores:
     """Score a rollouts file under one model folder.
@@ -49,6 +51,7 @@ def score_checkpoint(
         file: see `read_rollouts`.
         config: its `entropy`, `generation` and `memory_config` sections are read.
         device, dtype: see `load_model`.
+        resume: a folder that keeps finished shards, from which a run that was killed goes on; see `score_resumable`.
         progress: called after each microbatch.
 
     Raises:
@@ -56,7 +59,7 @@ def score_checkpoint(
     """
     config = at_sampled_temperature(config or Config(), file)
     loaded = load_model(model, device=device, dtype=dtype)
-    return _score(loaded, file, _scoring(loaded, config), "scoring", progress)
+    return _score(loaded, file, _scoring(loaded, config), "scoring", progress, resume)
 
 
 def compare_checkpoints(
@@ -67,6 +70,7 @@ def compare_checkpoints(
     *,
     device: torch.device | str | None = None,
     dtype: DType = "auto",
+    resume: str | Path | None = None,
     progress: StageProgress | None = None,
 ) -> Change:
     """Measure by how much the entropy changes from one model folder to another.
@@ -79,6 +83,7 @@ def compare_checkpoints(
         file: see `read_rollouts`.
         config: the headline's unit and the weighting; see `Config`.
         device, dtype: see `load_model`.
+        resume: as in `score_checkpoint`; each policy's shards get a folder of their own in it.
         progress: called after each microbatch.
 
     Raises:
@@ -88,7 +93,7 @@ def compare_checkpoints(
     check_same_vocabulary(original, updated)
     loaded = load_model(original, device=device, dtype=dtype)
     scoring = _scoring(loaded, config)
-    first = _score(loaded, file, scoring, "original", progress)
+    first = _score(loaded, file, scoring, "original", progress, resume)
     floor = measure_noise_floor(loaded.model, file.rollouts, first, config, scoring)
     if is_adapter(check_model_folder(updated)) and not is_checkpoint(updated):
         loaded = with_adapter(loaded, updated)
@@ -96,7 +101,7 @@ def compare_checkpoints(
         del loaded  # room for the other one
         gc.collect()
         loaded = load_model(updated, device=device, dtype=dtype)
-    second = _score(loaded, file, replace(scoring, layout=first.layout), "updated", progress)
+    second = _score(loaded, file, replace(scoring, layout=first.layout), "updated", progress, resume)
     return measure_change(file.rollouts, first, second, config, noise_floor=floor)
 
 
@@ -185,8 +190,15 @@ def _scoring(loaded: LoadedModel, config: Config) -> Scoring:
 
 
 def _score(
-    loaded: LoadedModel, file: RolloutFile, scoring: Scoring, stage: str, progress: StageProgress | None
+    loaded: LoadedModel,
+    file: RolloutFile,
+    scoring: Scoring,
+    stage: str,
+    progress: StageProgress | None,
+    resume: str | Path | None,
 ) -> Scores:
     file.check_vocabulary(loaded.vocab_size)
     report = None if progress is None else lambda done, total: progress(stage, done, total)
-    return score(loaded.model, file.rollouts, scoring, progress=report)
+    if resume is None:
+        return score(loaded.model, file.rollouts, scoring, progress=report)
+    return score_resumable(loaded.model, file.rollouts, scoring, directory=Path(resume) / stage, progress=report)

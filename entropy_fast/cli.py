@@ -24,6 +24,7 @@ from entropy_fast.cli_options import (
     DTypeOption,
     ModelArgument,
     Precision,
+    ResumeOption,
     RolloutsArgument,
     SetOption,
     example,
@@ -166,6 +167,7 @@ def sample(
     epilog=example(
         "score demo-report/original demo-report/rollouts.jsonl -o scores.parquet",
         "score demo-report/original demo-report/rollouts.jsonl --per-token | head -1",
+        "score MODEL rollouts.jsonl --resume parts -o scores.parquet",
     )
 )
 def score(
@@ -180,6 +182,7 @@ def score(
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
+    resume: ResumeOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = Precision.auto,
 ) -> None:
@@ -196,7 +199,7 @@ def score(
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
-        scores = score_checkpoint(model, file, settings, device=device, dtype=dtype.value, progress=bars)
+        scores = score_checkpoint(model, file, settings, device=device, dtype=dtype.value, resume=resume, progress=bars)
     write_table(output, score_rows(file, scores, per_token=per_token))
     say(summary(scores), style="dim")
 
@@ -223,6 +226,7 @@ def compare(
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
+    resume: ResumeOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = Precision.auto,
 ) -> None:
@@ -241,7 +245,9 @@ def compare(
     file = read_rollouts(rollouts)
     _quiet_transformers()
     with stage_bars() as bars:
-        change = compare_checkpoints(original, updated, file, settings, device=device, dtype=dtype.value, progress=bars)
+        change = compare_checkpoints(
+            original, updated, file, settings, device=device, dtype=dtype.value, resume=resume, progress=bars
+        )
     report = Report(
         change,
         f"{original.name} → {updated.name}",

@@ -78,6 +78,15 @@ DTypeOption = Annotated[
     ),
 ]
 
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep finished parts in FOLDER; the same command, killed and started again, goes on from there.",
+        rich_help_panel=HOW,
+    ),
+]
+
 
 def example(*commands: str) -> str:
     """The epilog of a command's help."""

@@ -125,6 +125,9 @@ class MemoryConfig:
         token_budget: padded tokens in one microbatch; null chooses from the free memory.
         precision: the transformer's precision: `as_loaded`, `float32` (low-precision weights are raised layer by
             layer), or `tf32` (as loaded, with TF32 matrix products allowed). The head's logits are always float32.
+        packing: lay sequences out in one row without padding, each prompt once for all its completions: `auto` where
+            a trial on the model shows that it changes nothing, true always (an error says why a model cannot), false
+            never.
     """
 
     amp: bool = False
@@ -134,6 +137,7 @@ class MemoryConfig:
     teacher_force_microbatch_size: int | None = None
     token_budget: int | None = None
     precision: Literal["as_loaded", "float32", "tf32"] = "as_loaded"
+    packing: Literal["auto", True, False] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("importance_microbatch_size", "microbatch_size", "teacher_force_microbatch_size", "token_budget"):
@@ -303,11 +307,13 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         (hint,) = (a for a in arguments if a is not type(None))
         return _coerce(hint, value, name)
     if origin is Literal:
-        if value in arguments:
+        # True == 1, but it is not meant where 1 is written
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        choices = [str(a).lower() if isinstance(a, bool) else str(a) for a in arguments]
+        near = difflib.get_close_matches(str(value), choices, n=1)
         hint_text = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}{hint_text}")
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint_text}")
     if origin is tuple:
         items = [value] if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(items, (list, tuple)):

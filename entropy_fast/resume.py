@@ -2,7 +2,7 @@
 
 A shard is a run of whole prompts, scored with a layout of its own, so its bits do not depend on which shards were
 finished before. Shard files appear whole or not at all. A fingerprint of the rollouts, of the way of scoring and of
-samples of every weight keeps the shards of another run from being taken for this one's.
+every weight keeps the shards of another run from being taken for this one's.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from entropy_fast._version import __version__
 from entropy_fast.errors import InputError
 from entropy_fast.files import atomic_path, atomic_text
-from entropy_fast.heads import eos_token_ids, unwrap
+from entropy_fast.heads import eos_token_ids, input_embedding, unwrap
 from entropy_fast.layout import Layout
-from entropy_fast.rollouts import Counting, Rollouts, TokenMasks, token_masks
-from entropy_fast.scoring import Progress, Scores, Scoring, score
+from entropy_fast.rollouts import Counting, Rollouts, TokenMasks
+from entropy_fast.scoring import Progress, Scorer, Scores, Scoring, score
 
-_SAMPLES = 1024  # of each weight
+SHARD_SEQUENCES = 256
+_SAMPLES = 1024  # elements of each weight that are hashed, beside the sum of all its bits
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def score_resumable(
@@ -31,7 +34,7 @@ def score_resumable(
     scoring: Scoring | None = None,
     *,
     directory: str | Path,
-    shard_sequences: int = 256,
+    shard_sequences: int = SHARD_SEQUENCES,
     progress: Progress | None = None,
 ) -> Scores:
     """`score`, in shards of about `shard_sequences` sequences that are kept in `directory`.
@@ -42,7 +45,7 @@ def score_resumable(
         scoring: how. A layout in it must come from an earlier call with the same shards.
         directory: made if missing; one for each policy. Remove it when the result is safe.
         shard_sequences: a shard ends at the first prompt boundary from here on.
-        progress: called with (sequences done, sequences in all) after each shard.
+        progress: called with (tokens done, tokens in all) after each microbatch.
 
     Returns:
         The same scores, bit for bit, however often the run was interrupted.
@@ -53,29 +56,30 @@ def score_resumable(
     if shard_sequences < 1:
         raise InputError(f"shard_sequences must be at least 1, got {shard_sequences}")
     scoring = scoring or Scoring()
-    # once for all shards, so that the fingerprint and every shard count the same tokens
+    # once for all shards, so that they count the same tokens and are laid out in the same way
     scoring = replace(scoring, counting=scoring.counting or Counting(eos_token_ids(model)))
+    whole = Scorer(model, rollouts, scoring, packing=scoring.packing)
+    scoring = replace(scoring, packing=whole.layout.packed)
     folder = Path(directory)
     shards = _shards(rollouts, shard_sequences)
     _claim(folder, _fingerprint(model, rollouts, scoring, shards))
-    assert scoring.counting is not None
-    masks = token_masks(rollouts.tokens, rollouts.generated, scoring.counting)
+    tokens = [int(whole.dense.input_lengths[shard.start : shard.stop].sum()) for shard in shards]
     parts = []
     for number, shard in enumerate(shards):
         path = folder / f"shard-{number:05d}.pt"
         if not path.exists():
-            _write(path, _score_shard(model, rollouts, scoring, shard, masks))
+            moved = None if progress is None else _moved_on(progress, sum(tokens[:number]), sum(tokens))
+            _write(path, _score_shard(model, rollouts, scoring, shard, whole.masks, moved))
         parts.append(torch.load(path, weights_only=True))
         if progress is not None:
-            progress(shard.stop, len(rollouts))
+            progress(sum(tokens[: number + 1]), sum(tokens))
     device = rollouts.tokens.device
     return Scores(
         logprob=torch.cat([part["logprob"] for part in parts]).to(device),
         entropy=torch.cat([part["entropy"] for part in parts]).to(device) if scoring.entropy else None,
-        masks=masks,
+        masks=whole.masks,
         layout=Layout(
-            tuple(tuple(group) for part in parts for group in part["microbatches"]),
-            packed=any(part["packed"] for part in parts),
+            tuple(tuple(group) for part in parts for group in part["microbatches"]), packed=whole.layout.packed
         ),
     )
 
@@ -90,20 +94,23 @@ def _shards(rollouts: Rollouts, size: int) -> list[range]:
     return shards
 
 
+def _moved_on(progress: Progress, before: int, total: int) -> Progress:
+    return lambda done, _: progress(before + done, total)
+
+
 def _score_shard(
-    model: nn.Module, rollouts: Rollouts, scoring: Scoring, shard: range, masks: TokenMasks
+    model: nn.Module, rollouts: Rollouts, scoring: Scoring, shard: range, masks: TokenMasks, progress: Progress | None
 ) -> dict[str, object]:
     index = torch.arange(shard.start, shard.stop, device=rollouts.tokens.device)
     if not masks.generated[index].any():
         nothing = torch.zeros(len(shard), rollouts.tokens.shape[1])
-        return {"logprob": nothing, "entropy": nothing, "microbatches": [], "packed": False}
+        return {"logprob": nothing, "entropy": nothing, "microbatches": []}
     layout = None if scoring.layout is None else _inside(scoring.layout, shard)
-    scores = score(model, rollouts.select(index), replace(scoring, layout=layout))
+    scores = score(model, rollouts.select(index), replace(scoring, layout=layout), progress=progress)
     return {
         "logprob": scores.logprob.cpu(),
         "entropy": None if scores.entropy is None else scores.entropy.cpu(),
         "microbatches": [[i + shard.start for i in group] for group in scores.layout.microbatches],
-        "packed": scores.layout.packed,
     }
 
 
@@ -129,8 +136,8 @@ def _claim(folder: Path, fingerprint: str) -> None:
     if marker.exists():
         if json.loads(marker.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
             raise InputError(
-                f"{folder} holds the shards of another run (other rollouts, weights or settings); give another "
-                "folder, or remove it to start anew"
+                f"{folder} holds the shards of another run (other rollouts, weights, settings or versions); give "
+                "another folder, or remove it to start anew"
             )
         return
     if folder.exists() and any(folder.glob("shard-*.pt")):
@@ -141,7 +148,9 @@ def _claim(folder: Path, fingerprint: str) -> None:
 
 def _fingerprint(model: nn.Module, rollouts: Rollouts, scoring: Scoring, shards: list[range]) -> str:
     digest = hashlib.sha256()
-    for name, value in (("shards", shards), ("model", type(unwrap(model)).__name__), *vars(scoring).items()):
+    environment = (__version__, torch.__version__, input_embedding(model).device.type)
+    named = {"shards": shards, "model": type(unwrap(model)).__name__, "environment": environment, **vars(scoring)}
+    for name, value in named.items():
         digest.update(f"{name}={value!r};".encode())
     for field in fields(rollouts):
         value = getattr(rollouts, field.name)
@@ -150,6 +159,7 @@ def _fingerprint(model: nn.Module, rollouts: Rollouts, scoring: Scoring, shards:
     for name, parameter in unwrap(model).named_parameters():
         flat = parameter.detach().flatten()
         _add(digest, name, flat[:: max(1, len(flat) // _SAMPLES)])
+        _add(digest, name, flat.view(_BITS[flat.element_size()]).sum(0, keepdim=True, dtype=torch.int64))
     return digest.hexdigest()
 
 

@@ -85,6 +85,7 @@ class Scoring:
             token_budget=memory.token_budget,
             max_sequences=differentiable if gradients else memory.importance_microbatch_size,
             precision="float32" if master else memory.precision if not gradients else "as_loaded",
+            packing=None if memory.packing == "auto" else memory.packing,
             autocast=getattr(torch, memory.dtype) if memory.amp else None,
         )
 

@@ -376,6 +376,55 @@ def test_a_signal_ends_a_real_process(place, tmp_path, number, code):
     assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
 
 
+def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
+    """Killed for good between two shards: what is finished is not scored again, and nothing differs in the end."""
+    rollouts, parts = tmp_path / "many.jsonl", tmp_path / "parts"
+    run("sample", place / "original", place / "prompts.jsonl", "-o", rollouts, "-g", 140, "-n", 4, "--seed", 6)
+    run("score", place / "original", rollouts, "-o", tmp_path / "whole.jsonl", "--per-token")
+    program = """if True:
+        import os, signal, sys
+        from entropy_fast import resume
+        from entropy_fast.cli import app
+        score, calls = resume.score, []
+        def kill_at_the_second(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return score(*arguments, **options)
+        resume.score = kill_at_the_second
+        app(sys.argv[1:])
+    """
+    arguments = ["score", place / "original", rollouts, "-o", tmp_path / "resumed.jsonl", "--per-token"]
+    arguments += ["--resume", parts]
+    killed = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (parts / "scoring").glob("shard*")] == ["shard-00000.pt"]
+    assert not (tmp_path / "resumed.jsonl").exists()
+    shard = parts / "scoring" / "shard-00000.pt"
+    before = shard.stat().st_mtime_ns
+    run(*arguments)
+    assert shard.stat().st_mtime_ns == before
+    uninterrupted = [*arguments[:4], tmp_path / "uninterrupted.jsonl", "--per-token", "--resume", tmp_path / "other"]
+    run(*uninterrupted)
+    assert (tmp_path / "resumed.jsonl").read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
+    whole, resumed = read_lines(tmp_path / "whole.jsonl"), read_lines(tmp_path / "resumed.jsonl")
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["S"] == pytest.approx(other["S"], abs=1e-4)
+    assert "shards of another run" in fails(
+        "score", place / "updated", rollouts, "-o", tmp_path / "wrong.jsonl", "--resume", parts
+    )
+
+
+def test_compare_resumes_from_the_parts_of_both_policies(place, tmp_path):
+    arguments = ("compare", place / "original", place / "updated", place / "rollouts.jsonl", "--json", "--resume")
+    first = run(*arguments, tmp_path / "parts", "-o", tmp_path / "a").stdout
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["original", "updated"]
+    assert (
+        json.loads(first)["estimates"]
+        == json.loads(run(*arguments, tmp_path / "parts", "-o", tmp_path / "b").stdout)["estimates"]
+    )
+
+
 def test_a_closed_pipe_is_no_error(place):
     command = f"{sys.executable} -m entropy_fast score {place}/original {place}/rollouts.jsonl --per-token | head -c 1"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)

@@ -54,6 +54,8 @@ def test_switches_add_up_to_a_weighting(switches, method):
         ({"importance_sampling": {"clip_c": -1}}, "clip_c must be above 0"),
         ({"importance_sampling": {"use_snis": 1}}, "use_snis must be true or false"),
         ({"memory_config": {"microbatch_size": 0}}, "microbatch_size must be at least 1 or null"),
+        ({"memory_config": {"packing": 1}}, "memory_config.packing must be one of auto, true, false, got 1"),
+        ({"memory_config": {"packing": "automatic"}}, r"got 'automatic' \(did you mean auto\?\)"),
         ({"learning_rate": "fast"}, "learning_rate must be a number"),
         ([1], "must be a mapping"),
     ],

@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from tiny_models import VOCAB, tiny
 
+from entropy_fast.config import Config
 from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.layout import DenseRollouts, Layout
 from entropy_fast.microbatch import Segments, packed
@@ -118,6 +119,13 @@ def test_the_model_gets_its_attention_back_also_after_an_error():
     with pytest.raises(RuntimeError, match="planted"):
         score(model, r)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("key", "packed"), [("auto", True), ("true", True), ("false", False)])
+def test_the_configuration_chooses(key, packed):
+    model = tiny("llama")
+    scoring = Scoring.from_config(Config().override([f"memory_config.packing={key}"]), model)
+    assert score(model, grouped(), scoring).layout.packed is packed
 
 
 def recurrent():

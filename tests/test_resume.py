@@ -21,7 +21,12 @@ def test_shards_give_the_scores_of_one_run(tmp_path):
     torch.testing.assert_close(shards.S, whole.S, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(shards.R, whole.R, rtol=1e-11, atol=1e-11)
     assert torch.equal(shards.lengths, whole.lengths)
-    assert seen == [(8, 20), (16, 20), (20, 20)]  # whole prompts of 4
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    # three shards of whole prompts: 8, 8 and 4 sequences
+    read = [len(r.tokens[i][r.attention_mask[i]]) - 1 if shards.lengths[i] else 0 for i in range(20)]
+    assert {sum(read[:8]), sum(read[:16]), sum(read)} <= set(done)
+    assert set(total) == {sum(read)}
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
@@ -73,6 +78,15 @@ def test_shards_of_other_weights_rollouts_or_settings_are_refused(tmp_path):
         arguments = {"model": model, "rollouts": r, "shard_sequences": 4, **change}
         with pytest.raises(InputError, match="shards of another run"):
             score_resumable(**arguments, directory=tmp_path)
+
+
+def test_one_changed_element_of_a_large_weight_is_another_run(tmp_path):
+    model, r = tiny("llama"), grouped()
+    score_resumable(model, r, directory=tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[33, 5] *= 1 + 2**-20
+    with pytest.raises(InputError, match="shards of another run"):
+        score_resumable(model, r, directory=tmp_path)
 
 
 def test_a_shard_without_anything_generated_is_all_zeros(tmp_path):
