@@ -165,10 +165,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxVOCAB")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    functions: dict[str, tuple[Function, str]] = {"entropy_fast": (ours, BOTH), **peers()}
+    functions: dict[str, tuple[Function, str]] = {"entropy_fast": (ours, BOTH)}
+    if not options.without_peers:
+        functions |= peers()
     rows = host_rows(device)
     for shape in options.shapes:
         case = Case(*(int(n) for n in shape.split("x")), getattr(torch, options.dtype), device)

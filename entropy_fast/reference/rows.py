@@ -24,7 +24,7 @@ import torch
 from entropy_fast.reference.transform import Transform
 
 # Elements of a chunk: on a CPU its two buffers stay in cache, on an accelerator they fill the device.
-CPU_CHUNK = 2**19
+CPU_CHUNK = 2**20
 ACCELERATOR_CHUNK = 2**26
 # Sums run over blocks of this width and then over the blocks, so that a row's bits do not depend on how torch splits
 # the work over threads, which it does differently for one row and for many.
