@@ -118,9 +118,7 @@ def report(rows: list[dict[str, Any]], packages: Iterable[str], out: Path | None
     if out is None:
         return
     result = {
-        "command": " ".join(
-            ["python -m", Path(sys.argv[0]).stem if "bench" in sys.argv[0] else "bench", *sys.argv[1:]]
-        ),
+        "command": " ".join(["python -m bench", Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "commit": _commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": _versions(packages),
