@@ -138,7 +138,7 @@ def linear_stats(
             p = d.exp()
             # p is exactly 0 far below the maximum; the clamp keeps 0 · (−inf) out
             d.clamp_(min=LOWEST)
-            e_tile = torch.einsum("nv,nv->n", p, d)
+            e_tile = torch.linalg.vecdot(p, d)
             rest_tile = _sum_less_peak(p)
             m[r], rest[r], e[r] = _merge(m[r], rest[r], e[r], m_tile, rest_tile, e_tile)
             if slab_lse is not None:
