@@ -22,6 +22,10 @@ def test_sweep_goes_through_what_compare_measures(folder, tmp_path):
     # θ + (θ' − θ) is θ' up to float32 rounding of every weight, and so is what comes of it
     assert swept["changes"][1]["deltaH"] == pytest.approx(compared["deltaH"], rel=1e-3)
     assert set(swept["fit"]) == {"sequence", "per_token"}
+    for unit, fit in swept["fit"].items():
+        first_order = swept["delta_h1"][unit]
+        # the same rollouts, so their slope and their score form differ by far less than either's own error
+        assert abs(fit["initial_slope"] - first_order["value"]) < first_order["se"]
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
 
 
