@@ -358,7 +358,13 @@ def _output_spread(module: nn.Module, noise: Tensor) -> float:
 def _plain_logits(model: nn.Module) -> Tensor:
     weight = input_embedding(model)
     ids = torch.arange(4, device=weight.device)[None, :] % len(weight)
-    output = model(input_ids=ids, **forward_kwargs(model))
+    try:
+        output = model(input_ids=ids, **forward_kwargs(model))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(model).__name__} does not run on token ids alone ({error}); rollouts are text, so pass a causal "
+            "language model (AutoModelForCausalLM), or the text model inside"
+        ) from error
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise InputError(

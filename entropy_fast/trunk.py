@@ -39,6 +39,9 @@ _TRIALS = 3
 # Tokens of the piece that decides whether a model looks ahead, so few that no such tie is likely.
 _PIECE = 16
 
+# By what value a configuration makes its model causal.
+_CAUSAL_SWITCHES = {"causal": True, "attn_type": "uni", "use_bidirectional_attention": False, "is_decoder": True}
+
 
 @dataclass(frozen=True)
 class Fitness:
@@ -160,9 +163,9 @@ class Trunk:
         # sequence 1 is sequence 0 cut short: what was cut off must be nothing to it
         if _distance(singles[1], singles[0][: len(singles[1])]) > _TOLERANCE:
             why = "its hidden states depend on the length of a sequence"
-            end = min(int(sample.input_lengths[0]), _PIECE)
-            whole, shorter = (alone(0, sample.shortened([0], [n])) for n in (end, end - 1))
-            return Fitness(why, why, causal=_distance(shorter, whole[: end - 1]) <= _TOLERANCE)
+            piece = sample.shortened([0], [min(int(sample.input_lengths[0]), _PIECE)])
+            states, other = (alone(0, x)[:-1] for x in (piece, _with_another_end(piece)))
+            return Fitness(why, why, causal=_distance(states, other) <= _TOLERANCE)
         truth = torch.cat(singles)
         if _distance(reference, truth) > _TOLERANCE:
             why = "its hidden states depend on padding"
@@ -194,9 +197,11 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, Fitness]]] 
 
 def _remedy(model: nn.Module) -> str:
     config = getattr(model, "config", None)
-    for switch, causal in (("causal", True), ("attn_type", "uni"), ("is_decoder", True)):
-        if getattr(config, switch, causal) != causal:
-            return f"if it was trained as a causal language model, load it with {switch}={causal!r}"
+    for part in (config, config.get_text_config() if config is not None else None):
+        for switch, causal in _CAUSAL_SWITCHES.items():
+            if getattr(part, switch, causal) not in (causal, None):
+                where = "" if part is config else "text_config."
+                return f"if it was trained as a causal language model, load it with {where}{switch}={causal!r}"
     return "its configuration has no switch for that; pass a causal language model"
 
 
@@ -221,6 +226,14 @@ def _sample(dense: DenseRollouts, limit: int, trial: int) -> DenseRollouts:
     everything = torch.arange(cut.tokens.shape[1]) <= cut.input_lengths[:, None]
     everything[:, 0] = False
     return DenseRollouts(cut.tokens, cut.columns, everything, cut.input_lengths, cut.prompt_lengths)
+
+
+def _with_another_end(dense: DenseRollouts) -> DenseRollouts:
+    """The same sequences, their last input token exchanged for the id beside it."""
+    tokens = dense.tokens.clone()
+    last = (torch.arange(len(tokens)), dense.input_lengths - 1)
+    tokens[last] = torch.where(tokens[last] > 0, tokens[last] - 1, 1)
+    return replace(dense, tokens=tokens)
 
 
 def _order_of(together: Microbatch, row: Microbatch) -> Tensor:
