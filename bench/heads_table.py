@@ -27,7 +27,7 @@ from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.files import atomic_text
 from entropy_fast.heads import find_head, forward_kwargs
 
-SECONDS = 20
+SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,17 @@ def examine(name: str) -> Row:
     except InputError as error:
         return Row(name, "refused", "", "", _first_line(error))
     except Exception as error:
-        return Row(name, "FAILED", "", "", _first_line(error))
+        return Row(name, "FAILED" if _runs(model) else "not tried", "", "", _first_line(error))
     notes = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, EntropyFastWarning))
     layout = "packed" if scores.layout.packed else "padded"
     return Row(name, head.mode, layout, f"{difference:.0e}", "; ".join(notes).replace(f"{name}: ", ""))
+
+
+def _runs(model: torch.nn.Module) -> bool:
+    try:
+        return bool(own_logits(model, rollouts()).isfinite().all())
+    except Exception:
+        return False
 
 
 def _first_line(error: Exception) -> str:

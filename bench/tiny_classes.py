@@ -49,6 +49,7 @@ _THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "m
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 _MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 CORRECTIONS: dict[str, dict[str, Any]] = {
+    "BambaConfig": _MAMBA,
     "BltConfig": {"encoder_hash_byte_group_vocab": 512},
     "DeepseekV2Config": {"num_experts_per_tok": 2, "topk_group": None, "n_group": None},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -68,8 +69,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "XLMConfig": {"causal": True},
     "XLNetConfig": {"attn_type": "uni"},
     "XmodConfig": {"default_language": "en_XX"},
-    "Zamba2Config": {"layer_types": ["mamba", "hybrid"]},
-    "ZambaConfig": {"layer_types": ["mamba", "hybrid"]},
+    "Zamba2Config": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1},
+    "ZambaConfig": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "hybrid"]},
     "ZayaConfig": {"num_experts_per_tok": 1},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 5, "IMGIMGA": 0, "IMGIMGB": 1}},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
@@ -93,7 +94,6 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "Qwen2_5_VLTextConfig": _THREE_AXES,
     "Qwen3_5MoeTextConfig": _MIXED,
     "Qwen3_5TextConfig": _MIXED,
-    "Qwen4ExpTextConfig": {"layer_types": ["linear_attention", "indexed_attention"]},
     "Step3p7TextConfig": {"sliding_window": 16},
 }
 
@@ -149,7 +149,7 @@ def build(name: str, **changes: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     model = model_class(config).eval()
     head = model.get_output_embeddings()
-    if head is not None:
+    if isinstance(getattr(head, "weight", None), torch.Tensor):
         with torch.no_grad():  # so that a softcap shows
             head.weight.mul_(SPREAD / head.weight.std() / head.weight.shape[1] ** 0.5)
             if getattr(head, "bias", None) is not None:

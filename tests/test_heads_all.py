@@ -37,6 +37,8 @@ CASES = {
     "GraniteMoeForCausalLM": ({"logits_scaling": 8.0}, HeadTransform(scale=0.125)),
     "GraniteMoeHybridForCausalLM": ({"logits_scaling": 4.0}, HeadTransform(scale=0.25)),
     "HyperCLOVAXForCausalLM": ({"logits_scaling": 0.25}, HeadTransform(scale=0.25)),  # Granite's name, its opposite
+    "Lfm2ForCausalLM": ({"layer_types": ["conv", "full_attention"]}, PLAIN),
+    "Lfm2MoeForCausalLM": ({}, PLAIN),
     "LlavaForConditionalGeneration": ({}, PLAIN),
     "MambaForCausalLM": ({}, PLAIN),
     "Mamba2ForCausalLM": ({}, PLAIN),
@@ -55,7 +57,7 @@ CASES = {
 # Whatever their weights' dtype, these compute something in float32: softmax, rotary angles, recurrence, the logits.
 FLOAT32_INSIDE = {"GPTJ", "Mamba", "Mamba2", "RecurrentGemma", "VaultGemma", "xLSTM", "FalconH1"}
 # and the kernel that multiplies the experts' weights knows no float64
-FLOAT32 = {"Ernie4_5_Moe", "GraniteMoe", "GraniteMoeHybrid", "Phimoe"}
+FLOAT32 = {"Ernie4_5_Moe", "GraniteMoe", "GraniteMoeHybrid", "Lfm2Moe", "Phimoe"}
 
 
 def rollouts():

@@ -149,6 +149,15 @@ def test_a_leak_between_sequences_is_noticed():
     assert not score(model, r).layout.packed
 
 
+@pytest.mark.parametrize("leak", [1e-1, 1e-4])
+@pytest.mark.parametrize("experts", [0, 2])
+def test_a_small_leak_is_noticed_in_a_mixture_of_experts_too(leak, experts):
+    model, r = tiny("llama", **({"num_experts": experts} if experts else {})), grouped()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda _, __, h: h + leak * torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1))
+    assert not score(model, r).layout.packed
+
+
 def test_a_model_that_looks_ahead_is_refused():
     model, r = tiny("llama"), grouped()
     model.model.norm.register_forward_hook(lambda _, __, h: h + 0.1 * h.mean(1, keepdim=True))
@@ -186,7 +195,7 @@ def test_the_switch_makes_it_causal():
 @pytest.mark.parametrize("call", range(6))
 def test_a_difference_that_comes_once_does_not_block_a_layout(call):
     """As when rounding swaps two nearly tied experts in one of a trial's passes."""
-    model, r = tiny("llama"), grouped()
+    model, r = tiny("llama", num_experts=2), grouped()
     calls = []
 
     def swapped(_, __, h):
