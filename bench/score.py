@@ -1,26 +1,31 @@
-"""A whole scoring pass on one GPU: `python -m bench.score [--out FILE]`.
+"""A whole scoring pass: `python -m bench score [--shapes qwen2.5-1.5b ...] [--out FILE]`.
 
 Random weights of a real shape, rollouts of P prompts with 8 completions each, lengths spread as in real ones. Beside
 `entropy_fast.score`: float32 log_softmax a microbatch at a time, as the proposal's code does it, and the transformer
-alone over exactly as many tokens as the rollouts hold, padded, unpadded, and with every prompt once. All in one run;
-medians over alternating repeats; memory is the peak over the weights.
+alone over exactly as many tokens as the rollouts hold, padded, unpadded, and with every prompt once; the last in one
+pass, or in several where that is faster, is the floor. The op `head` is what follows the last hidden state, beside
+float32 logits in one piece. All in one run; medians over alternating repeats; memory is the peak over the weights.
+`S_difference` is the largest difference of a sequence's S from that of `entropy_fast`, in nats.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
 
-from entropy_fast import Rollouts, score
-from entropy_fast.files import atomic_text
+from bench.harness import report
+from entropy_fast import Rollouts, linear_token_stats, score
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGES = ("torch", "triton", "transformers", "entropy_fast")
+BOTH, LOGPROB = "logprob, entropy", "logprob"
 PROMPT, LONGEST, GROUP = 128, 512, 8
 SHAPES = {
     "qwen2.5-1.5b": (8, lambda: tf.Qwen2Config(
@@ -30,6 +35,9 @@ SHAPES = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, rope_theta=5e5)),
     "gemma-2-2b": (8, lambda: tf.Gemma2Config()),
+    "small": (1, lambda: tf.Qwen2Config(
+        vocab_size=32000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True)),
 }  # fmt: skip
 
 
@@ -47,10 +55,10 @@ def proposal(model: torch.nn.Module, r: Rollouts, size: int) -> torch.Tensor:
     """S by float32 log_softmax over the whole vocabulary, `size` sequences at a time."""
     sums = []
     for i in range(0, len(r), size):
-        ids, mask = r.tokens[i : i + size].cuda(), r.attention_mask[i : i + size].cuda()
+        ids, mask = r.tokens[i : i + size].to(DEVICE), r.attention_mask[i : i + size].to(DEVICE)
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
         logp = logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-        sums.append(torch.where(r.generated[i : i + size, 1:].cuda(), logp, 0.0).sum(1))
+        sums.append(torch.where(r.generated[i : i + size, 1:].to(DEVICE), logp, 0.0).sum(1))
     return torch.cat(sums)
 
 
@@ -58,100 +66,135 @@ def dense(model: torch.nn.Module, tokens: int, *, per_pass: int = 8192, width: i
     """The transformer alone over `tokens` tokens in full rows, nothing padded."""
     while tokens > 0:
         rows = max(1, min(tokens, per_pass) // width)
-        ids = torch.randint(3, 1000, (rows, min(width, tokens)), device="cuda")
+        ids = torch.randint(3, 1000, (rows, min(width, tokens)), device=DEVICE)
         model.base_model(input_ids=ids, use_cache=False)
         tokens -= ids.numel()
 
 
-def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median and spread in ms over alternating repeats, peak MiB over what was allocated before."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    peaks = {}
-    for repeat in range(repeats + 1):
+def timed(run: Callable[[], object]) -> tuple[float, int | None]:
+    """Milliseconds, and peak bytes over what is allocated; None off the GPU."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start), None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last), torch.cuda.max_memory_allocated() - before
+
+
+def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Median and spread over alternating repeats, after one to warm up."""
+    runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in cases}
+    for _ in range(repeats + 1):
         for name, run in cases.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            if repeat:
-                times[name].append(start.elapsed_time(end))
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {
-        name: {"ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "peak_mib": peaks[name]}
-        for name, t in times.items()
-    }
+            runs[name].append(timed(run))
+    found = {}
+    for name, results in runs.items():
+        times = [ms for ms, _ in results[1:]]
+        found[name] = {
+            "ms": statistics.median(times),
+            "ms_min": min(times),
+            "ms_max": max(times),
+            "peak_bytes": results[-1][1],
+        }
+    return found
+
+
+def rows(op: str, found: dict[str, dict[str, Any]], floors: list[str], **facts: Any) -> list[dict[str, Any]]:
+    """Rows of the common result file; `outputs` and `S_difference` are dictionaries by name."""
+    best = min(floors, key=lambda name: found[name]["ms"])
+    outputs, difference = facts.pop("outputs"), facts.pop("S_difference")
+    facts |= {"error_logprob": None, "error_entropy": None}
+    return [
+        {
+            "op": op,
+            "impl": "floor" if name == best else name,
+            **facts,
+            "outputs": outputs.get(name, ""),
+            **numbers,
+            "of_floor": numbers["ms"] / found[best]["ms"],
+            "S_difference": difference.get(name),
+        }
+        for name, numbers in found.items()
+    ]
 
 
 @torch.no_grad()
-def bench(name: str, repeats: int) -> dict[str, object]:
-    """One shape: agreement first, then times and memory of all ways."""
+def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    """One shape: agreement, then times and memory of all ways."""
     prompts, make = SHAPES[name]
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = tf.AutoModelForCausalLM.from_config(make(), dtype=torch.bfloat16).eval()
+    with torch.device(DEVICE):
+        model = tf.AutoModelForCausalLM.from_config(make(), dtype=dtype).eval()
     r = rollouts(prompts, model.config.vocab_size)
-    padded, unpadded = r.tokens.numel(), int(r.attention_mask.sum())
     unique = int(r.generated.sum()) + prompts * PROMPT
     first = score(model, r)
-    again = score(model, r, layout=first.layout)
-    right = score(model, r, packing=False)
+    if not torch.equal(score(model, r, layout=first.layout).logprob, first.logprob):
+        raise AssertionError("the same weights gave other bits")
+    sums = {"entropy_fast, right-padded": score(model, r, packing=False).S, "log_softmax, 8": proposal(model, r, 8)}
     cases = {
-        "score": lambda: score(model, r),
-        "score, no entropy": lambda: score(model, r, entropy=False),
-        "score, right-padded": lambda: score(model, r, packing=False),
-        "log_softmax, 2 sequences": lambda: proposal(model, r, 2),
-        "log_softmax, 8 sequences": lambda: proposal(model, r, 8),
-        "transformer, padded": lambda: dense(model, padded),
-        "transformer, unpadded": lambda: dense(model, unpadded),
+        "entropy_fast": lambda: score(model, r),
+        "entropy_fast, no entropy": lambda: score(model, r, entropy=False),
+        "entropy_fast, right-padded": lambda: score(model, r, packing=False),
+        "log_softmax, 2": lambda: proposal(model, r, 2),
+        "log_softmax, 8": lambda: proposal(model, r, 8),
+        "transformer, padded": lambda: dense(model, r.tokens.numel()),
+        "transformer, unpadded": lambda: dense(model, int(r.attention_mask.sum())),
         "transformer, unique": lambda: dense(model, unique),
         "transformer, unique, one pass": lambda: dense(model, unique, per_pass=unique),
     }
-    results = measure(cases, repeats)
-    mine = results["score"]
-    floor = min(results["transformer, unique"]["ms"], results["transformer, unique, one pass"]["ms"])
-    old = results["log_softmax, 2 sequences"]
-    return {
-        "shape": name,
-        "sequences": len(r),
-        "tokens": {"padded": padded, "unpadded": unpadded, "unique": unique, "generated": int(r.generated.sum())},
-        "packed": first.layout.packed,
-        "microbatches": len(first.layout.microbatches),
-        "bitwise_repeat": bool(torch.equal(first.logprob, again.logprob)),
-        "S_packed_minus_padded_max": float((first.S - right.S).abs().max()),
-        "S_log_softmax_minus_score_max": float((proposal(model, r, 8).cpu() - first.S).abs().max()),
-        "results": results,
-        "over_unique_floor": mine["ms"] / floor,
-        "times_faster_than_log_softmax_2": old["ms"] / mine["ms"],
-        "memory_share_of_log_softmax_2": mine["peak_mib"] / old["peak_mib"],
-        "tokens_per_s": int(r.generated.sum()) / mine["ms"] * 1e3,
-    }
+    outputs = {case: LOGPROB if "no entropy" in case or "log_softmax" in case else BOTH for case in list(cases)[:5]}
+    facts: dict[str, Any] = {"shape": {"model": name, "sequences": len(r), "unique_tokens": unique}}
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    found = rows(
+        "score",
+        measure(cases, repeats),
+        ["transformer, unique", "transformer, unique, one pass"],
+        outputs=outputs,
+        S_difference={case: float((S.cpu() - first.S.cpu()).abs().max()) for case, S in sums.items()},
+        **facts,
+    )
+    return found + head_rows(model, int(r.generated.sum()), repeats, facts)
+
+
+@torch.no_grad()
+def head_rows(model: torch.nn.Module, tokens: int, repeats: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What follows the last hidden state, for as many tokens as were generated."""
+    weight = model.get_output_embeddings().weight
+    hidden = torch.randn(tokens, weight.shape[1], device=DEVICE).to(weight.dtype)
+    targets = torch.randint(weight.shape[0], (tokens,), device=DEVICE)
+
+    def eager() -> tuple[torch.Tensor, torch.Tensor]:
+        logp = (hidden @ weight.T).float().log_softmax(-1)
+        return logp.gather(1, targets[:, None]), -(logp.exp() * logp).sum(-1)
+
+    cases = {"entropy_fast": lambda: linear_token_stats(hidden, weight, targets)[:2], "log_softmax, one piece": eager}
+    cases["the product alone"] = lambda: hidden @ weight.T
+    outputs = dict.fromkeys(list(cases)[:2], BOTH)
+    return rows("head", measure(cases, repeats), ["the product alone"], outputs=outputs, S_difference={}, **facts)
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    here = [name for name in SHAPES if (name == "small") == (DEVICE == "cpu")]
+    parser.add_argument("--shapes", nargs="+", default=here, choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    report: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": tf.__version__,
-        "python": sys.version.split()[0],
-        "models": (models := []),
-    }
+    found = []
     for name in options.shapes:
-        models.append(bench(name, options.repeats))
-        print(json.dumps(models[-1], indent=1), flush=True)
-        torch.cuda.empty_cache()
-        if options.out:
-            with atomic_text(options.out) as stream:
-                json.dump(report, stream, indent=1)
+        found += bench(name, getattr(torch, options.dtype), options.repeats)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    report(found, PACKAGES, options.out)
 
 
 if __name__ == "__main__":
