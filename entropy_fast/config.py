@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from entropy_fast.errors import InputError
@@ -97,6 +98,12 @@ class ImportanceSamplingConfig:
     master_weights: bool = False
 
     def __post_init__(self) -> None:
+        _require(
+            _is_device(self.snapshot_device),
+            "importance_sampling.snapshot_device",
+            "same, cpu or cuda",
+            self.snapshot_device,
+        )
         _require(self.clip_c > 0, "importance_sampling.clip_c", "above 0", self.clip_c)
         limit = self.max_grad_norm
         _require(limit is None or limit > 0, "importance_sampling.max_grad_norm", "above 0 or null", limit)
@@ -331,6 +338,16 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             return int(value)
     kinds = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     raise InputError(f"{name} must be {kinds[hint]}, got {value!r}")
+
+
+def _is_device(name: str) -> bool:
+    if name == "same":
+        return True
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _require(holds: bool, name: str, requirement: str, value: Any) -> None:

@@ -52,6 +52,7 @@ def test_switches_add_up_to_a_weighting(switches, method):
         ({"generation": {"temperature": 0}}, "generation.temperature must be above 0, got 0.0"),
         ({"generation": {"top_p": 1.5}}, r"generation.top_p must be in \(0, 1\]"),
         ({"importance_sampling": {"clip_c": -1}}, "clip_c must be above 0"),
+        ({"importance_sampling": {"snapshot_device": "gpu"}}, "snapshot_device must be same, cpu or cuda, got 'gpu'"),
         ({"importance_sampling": {"use_snis": 1}}, "use_snis must be true or false"),
         ({"memory_config": {"microbatch_size": 0}}, "microbatch_size must be at least 1 or null"),
         ({"memory_config": {"packing": 1}}, "memory_config.packing must be one of auto, true, false, got 1"),

@@ -379,3 +379,21 @@ def test_errors_name_the_argument(change, message):
     arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": torch.tensor([0, 1, 2])} | change
     with pytest.raises(InputError, match=message):
         ef.linear_token_stats(**arguments)
+
+
+def test_autocast_does_not_lower_the_precision():
+    """Under autocast a library's float32 product would be a bf16 one, and log-probs off by 1e-2."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=g).requires_grad_()
+    weight = torch.randn(40, 16, generator=g).requires_grad_()
+    targets = torch.randint(40, (9,), generator=g)
+
+    def run():
+        out = ef.linear_token_stats(hidden, weight, targets)
+        return *out[:2], *torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), (hidden, weight))
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = run()
+    for a, b in zip(plain, lowered, strict=True):
+        assert torch.equal(a, b)

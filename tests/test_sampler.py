@@ -471,3 +471,15 @@ def test_two_policies_that_exist_already():
     lora = ImportanceSampler(adapted).entropy_change_between(data, nullcontext(), original=adapter_off(adapted))
     assert lora["original_entropy"] == pytest.approx(by_model["original_entropy"], rel=1e-12)
     assert lora["deltaH_snis"] != 0
+
+
+def test_autocast_is_close_to_float32_and_not_equal_to_it():
+    """bf16 products, float32 logits: the entropies agree to bf16's precision."""
+    results = {}
+    for amp in (False, True):
+        model = tiny("llama", spread=2.0)
+        config = {"memory_config": {"amp": amp, "dtype": "bfloat16"}}
+        results[amp] = ImportanceSampler(model, config).compute_entropy_change(batch(), adamw(model.parameters()))
+    gap = abs(results[True]["original_entropy"] - results[False]["original_entropy"])
+    assert 0 < gap < 2**-7 * results[False]["original_entropy"]
+    assert results[True]["deltaH_snis"] == pytest.approx(results[False]["deltaH_snis"], rel=0.1)

@@ -419,3 +419,19 @@ def test_more_than_two_to_the_31_elements():
     exact = x[-3:].detach().double().requires_grad_()
     wanted = torch.autograd.grad(oracle(exact, targets[-3:])[0].sum(), exact)[0]
     assert (x.grad[-3:] - wanted).norm() <= 2 * ROUNDING[torch.bfloat16] * wanted.norm()
+
+
+def test_autocast_changes_nothing():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 40, generator=g).requires_grad_()
+    targets = torch.randint(40, (9,), generator=g)
+
+    def run():
+        out = ef.token_stats(logits, targets)
+        return *out[:2], *torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), logits)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = run()
+    for a, b in zip(plain, lowered, strict=True):
+        assert torch.equal(a, b)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from entropy_fast.functional.operators import outside_autocast
 from entropy_fast.functional.validation import check_target_range
 from entropy_fast.reference import linear as reference
 from entropy_fast.reference.filtering import choose_slabs
@@ -152,8 +153,8 @@ def _in_place_of(values: torch.Tensor, rows: torch.Tensor | None, total: int) ->
 
 
 for _device in ("CPU", "CUDA", "XPU"):
-    LIBRARY.impl("linear_stats", _stats, _device)
-    LIBRARY.impl("linear_stats_backward", _stats_backward, _device)
+    LIBRARY.impl("linear_stats", outside_autocast(_stats), _device)
+    LIBRARY.impl("linear_stats_backward", outside_autocast(_stats_backward), _device)
 
 
 @torch.library.register_fake("entropy_fast::linear_stats")

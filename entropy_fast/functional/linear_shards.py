@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from entropy_fast.functional.linear_operators import ieee_products, implementation
+from entropy_fast.functional.operators import outside_autocast
 from entropy_fast.reference.linear import Gradients, LinearStats, combine_shards
 from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
@@ -20,6 +21,7 @@ from entropy_fast.reference.transform import Transform
 __all__ = ["Gradients", "LinearStats", "combine_shards", "shard_gradients", "shard_stats"]
 
 
+@outside_autocast
 def shard_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -50,6 +52,7 @@ def shard_stats(
     return stats
 
 
+@outside_autocast
 def shard_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,

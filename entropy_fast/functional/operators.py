@@ -11,8 +11,8 @@ and compile again for each one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -41,6 +41,20 @@ LIBRARY.define(
 
 def _transform(temperature: torch.Tensor, scale: float, softcap: float | None) -> Transform:
     return Transform(temperature.item(), scale, softcap)
+
+
+def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autocast off for its first argument's device: these statistics keep float32 whatever is on."""
+
+    @wraps(function)
+    def run(first: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *rest, **options)
+        with torch.autocast(device, enabled=False):
+            return function(first, *rest, **options)
+
+    return run
 
 
 # Plain torch
@@ -193,10 +207,10 @@ def _sequence_stats_triton(
     return (*stats, sequences.lengths, sequences.eos_column, sequences.runs_past_eos, sequences.sums)
 
 
-LIBRARY.impl("row_stats", _row_stats_torch, "CPU")
-LIBRARY.impl("row_stats_backward", _row_stats_backward_torch, "CPU")
-LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_torch, "CPU")
-LIBRARY.impl("sequence_stats", _sequence_stats_torch, "CPU")
+LIBRARY.impl("row_stats", outside_autocast(_row_stats_torch), "CPU")
+LIBRARY.impl("row_stats_backward", outside_autocast(_row_stats_backward_torch), "CPU")
+LIBRARY.impl("row_stats_backward_", outside_autocast(_row_stats_backward_in_place_torch), "CPU")
+LIBRARY.impl("sequence_stats", outside_autocast(_sequence_stats_torch), "CPU")
 LIBRARY.impl("row_stats", _row_stats_triton, "CUDA")
 LIBRARY.impl("row_stats_backward", _row_stats_backward_triton, "CUDA")
 LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_triton, "CUDA")
