@@ -1,6 +1,6 @@
 """Real classes of transformers, one or more for everything that is known to happen after the last hidden state.
 
-`python -m bench heads_table` looks at every class; the table that it writes is docs/heads.md.
+`python -m bench.heads_table` looks at every class; the table that it writes is docs/heads.md.
 """
 
 import importlib.util
