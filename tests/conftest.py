@@ -12,6 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run of a test, whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` need a CUDA device."""
     if torch.cuda.is_available():

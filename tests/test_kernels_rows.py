@@ -177,7 +177,8 @@ def test_backward_matches_float64(dtype, options, vocab):
     rows.row_stats_backward(x, targets.view(-1), mask.view(-1), bias.double(), transform, exact, wide, expected, None)
     out = torch.full_like(logits, math.nan)
     row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, out, block)
-    bound = {torch.bfloat16: 2.0**-8, torch.float32: 1e-6, torch.float64: 1e-7 if transform.softcap else 1e-13}[dtype]
+    # the interpreter cuts float32 down to bf16 where a GPU rounds: up to a whole unit in the last of 8 bits
+    bound = {torch.bfloat16: 2.0**-7, torch.float32: 1e-6, torch.float64: 1e-7 if transform.softcap else 1e-13}[dtype]
     assert (out.double().view(6, vocab) - expected).norm() <= bound * expected.norm()
     assert not out[~mask].any()
     row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, logits, block)
