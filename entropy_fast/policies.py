@@ -53,26 +53,9 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """While entered, `model` has the weights of `state` (a state dict; keys that it lacks stay as they are).
 
     Raises:
-        InputError: a key that the model doesn't have, or another shape.
+        InputError: a key that the model doesn't have, another shape, or a buffer with other values.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers())
-    new: dict[nn.Parameter, Tensor] = {}
-    for name, tensor in state.items():
-        if name in buffers:
-            if not torch.equal(buffers[name].cpu(), tensor.to(buffers[name].dtype).cpu()):
-                raise InputError(
-                    f"buffer {name} differs between the two policies; load the second as a model of its own"
-                )
-            continue
-        if name not in parameters:
-            raise InputError(f"the state dict has {name}, which {type(model).__name__} lacks; is it of the same model?")
-        parameter = parameters[name]
-        if parameter.shape != tensor.shape:
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)} in the state dict and {tuple(parameter.shape)} in the model"
-            )
-        new[parameter] = tensor.to(parameter.dtype)
+    new = {parameter: tensor.to(parameter.dtype) for parameter, tensor in _matched(model, state).items()}
     with replaced(new):
         yield
 
@@ -117,17 +100,36 @@ def adapter_direction(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def state_difference(model: nn.Module, state: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """v = state − θ for every parameter named in `state`, in float32 or wider, to go along with `moved`."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = [name for name in state if name not in parameters and name not in dict(model.named_buffers())]
-    if missing:
-        raise InputError(
-            f"the state dict has {missing[0]}, which {type(model).__name__} lacks; is it of the same model?"
-        )
+    """v = state − θ for every parameter named in `state`, in float32 or wider, to go along with `moved`.
+
+    Raises:
+        InputError: see `with_state`.
+    """
     result = {}
-    for name, tensor in state.items():
-        if name in parameters:
-            parameter = parameters[name]
-            wide = torch.promote_types(torch.promote_types(parameter.dtype, tensor.dtype), torch.float32)
-            result[parameter] = tensor.to(parameter.device, wide) - parameter.data.to(wide)
+    for parameter, tensor in _matched(model, state).items():
+        wide = torch.promote_types(torch.promote_types(parameter.dtype, tensor.dtype), torch.float32)
+        result[parameter] = tensor.to(parameter.device, wide) - parameter.data.to(wide)
     return result
+
+
+def _matched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """The tensors of a state dict by the parameter that they are for; what does not fit is an InputError."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers())
+    matched: dict[nn.Parameter, Tensor] = {}
+    for name, tensor in state.items():
+        if name in buffers:
+            if not torch.equal(buffers[name].cpu(), tensor.to(buffers[name].dtype).cpu()):
+                raise InputError(
+                    f"buffer {name} differs between the two policies; load the second as a model of its own"
+                )
+            continue
+        if name not in parameters:
+            raise InputError(f"the state dict has {name}, which {type(model).__name__} lacks; is it of the same model?")
+        parameter = parameters[name]
+        if parameter.shape != tensor.shape:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)} in the state dict and {tuple(parameter.shape)} in the model"
+            )
+        matched[parameter] = tensor
+    return matched

@@ -97,6 +97,11 @@ def test_a_state_dict_of_another_model_is_refused():
         with_state(model, {"lm_head.weight": torch.ones(2, 2)}),
     ):
         pass
+    with pytest.raises(InputError, match="which LlamaForCausalLM lacks"):
+        state_difference(model, {"nope": torch.ones(1)})
+    # a (1, 1) tensor would broadcast into a direction that no policy lies in
+    with pytest.raises(InputError, match=r"has shape \(1, 1\) in the state dict"):
+        state_difference(model, {"lm_head.weight": torch.ones(1, 1)})
 
 
 def test_a_lora_adapter_is_a_direction_from_its_base():
