@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,16 @@ from entropy_fast.microbatch import Segments
 
 NAME = "entropy_fast_packed"
 
-_SEGMENTS: ContextVar[Segments | None] = ContextVar("segments", default=None)
+
+
+class _Row(NamedTuple):
+    """The row at hand, and by the id of each of the model's configurations the attention that it names itself."""
+
+    segments: Segments
+    own: dict[int, str | None]
+
+
+_ROW: ContextVar[_Row | None] = ContextVar("row", default=None)
 _FLASH_MAX_HEAD = 256
 
 
@@ -41,7 +50,7 @@ def packed_attention(model: nn.Module, segments: Segments) -> Iterator[None]:
     AttentionInterface.register(NAME, attention)
     configs = _attention_configs(model)
     before = [config._attn_implementation_internal for config in configs]
-    token = _SEGMENTS.set(segments)
+    token = _ROW.set(_Row(segments, {id(c): name for c, name in zip(configs, before, strict=True)}))
     try:
         for config in configs:
             # the setter would also check that the name is one of transformers' own; mask making is skipped for others
@@ -50,7 +59,7 @@ def packed_attention(model: nn.Module, segments: Segments) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
-        _SEGMENTS.reset(token)
+        _ROW.reset(token)
 
 
 def static_obstacle(model: nn.Module) -> str:
@@ -100,7 +109,9 @@ def attention(
         attention_mask: None; a model that makes a mask of its own cannot be packed.
         scaling: multiplies the products, 1/√width by default.
         sliding_window: how many keys a query sees, its own included.
-        softcap: bound of a tanh on the scaled products.
+        softcap: bound of a tanh on the scaled products; left out where the model's own attention is SDPA, which
+            has none (some releases of transformers leave it out there without a word, and what they compute is the
+            policy that is being scored).
         s_aux: (heads,), the logit of an attention sink.
         is_causal: must not be False, here or in the module.
         position_bias: None; a bias by relative position cannot be packed.
@@ -108,7 +119,8 @@ def attention(
     Raises:
         PackingUnsupportedError: the call cannot be served.
     """
-    segments = _SEGMENTS.get()
+    row = _ROW.get()
+    segments = None if row is None else row.segments
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if segments is None or query.shape[:1] != (1,) or query.shape[2] != segments.tokens:
         raise PackingUnsupportedError("its attention is called on something else than the row of tokens")
@@ -121,6 +133,8 @@ def attention(
         index = segments.key_index.to(k.device)
         k, v = k.index_select(0, index), v.index_select(0, index)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if row is not None and row.own.get(id(getattr(module, "config", None))) == "sdpa":
+        softcap = None
     if softcap is not None or s_aux is not None:
         out = _by_products(q, k, v, segments, scale, sliding_window, softcap, s_aux)
     elif _flash_serves(q, v):

@@ -33,17 +33,20 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, programs, tensors, integers, floats, constants, **options)
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
     key = (
         id(kernel),
         device,
-        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+        *[None if t is None else t.dtype for t in tensors],
+        *[None if a is None else a % 16 == 0 for a in addresses],
         *[n.bit_length() > 31 for n in integers],
         *constants.values(),
         *options.values(),
     )
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(programs, 1, 1)](*tensors, *integers, *floats, *constants.values())
+        # addresses rather than tensors: the launcher asks the driver about every tensor
+        compiled[(programs, 1, 1)](*addresses, *integers, *floats, *constants.values())
         return None
     compiled = kernel[(programs,)](*tensors, *integers, *floats, **constants, enable_fp_fusion=True, **options)
     if compiled is not None:  # the interpreter compiles nothing
