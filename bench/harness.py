@@ -1,8 +1,8 @@
 """What benchmarks share: time on the device with a cold cache, floors, errors, and the result file.
 
 Every result is `{"command", "commit", "gpu", "versions", "rows": [{"op", "impl", "shape", "dtype", "outputs", "ms",
-"of_floor", "peak_bytes", "error_logprob", "error_entropy"}]}`; `of_floor` is time over that of the row whose `impl` is
-"floor" (1 is ideal, 1.05 is 5% slower).
+"of_floor", "peak_bytes", "error_logprob", "error_entropy"}]}`, and what a benchmark adds; `of_floor` is time over that
+of the row whose `impl` is "floor" (in `linear` "gemm"): 1 is ideal, 1.05 is 5% slower.
 """
 
 from __future__ import annotations
@@ -56,6 +56,40 @@ def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
+def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times of each call in milliseconds, one call each a round after one to warm up; what fails is named on stderr.
+
+    In turn, so that all share the device's temperature and clock: under sustained matrix products a GPU runs into its
+    power limit, and what is timed last would pay for what ran before. As in `median_ms`, submitting costs nothing.
+    """
+    times: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            _wait()
+            times[name] = []
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+    for _ in range(rounds):
+        for name, measured in times.items():
+            measured.append(_once_ms(calls[name]))
+    return times
+
+
+def _once_ms(call: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE_CYCLES)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def host_us(call: Callable[[], Any], repeats: int = 300) -> float:
     """What a call costs the host, in microseconds: many in a row, without waiting for the device."""
     for _ in range(10):
@@ -100,23 +134,41 @@ def copy_ms(x: torch.Tensor) -> float:
 
 
 def largest_errors(pair: Iterable[torch.Tensor | None], exact: Iterable[torch.Tensor]) -> list[float | None]:
-    """Largest absolute error of each output, nats; None where there is no such output."""
+    """Largest absolute error of each output over the rows that both have, nats; None where there is no such output."""
     return [
-        None if got is None else (got[: len(e)].double() - e).abs().max().item()
+        None if got is None else (got[: len(e)].double() - e[: len(got)]).abs().max().item()
         for got, e in zip(pair, exact, strict=True)
     ]
 
 
 def report(rows: list[dict[str, Any]], packages: Iterable[str], out: Path | None) -> None:
     """Print rows as a table and, with `out`, write the result file, whole or not at all."""
+    show(rows)
+    if out is not None:
+        write(rows, packages, out)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
     for row in rows:
         shape = " × ".join(str(n) for n in row["shape"].values())
         errors = "  ".join("" if e is None else f"{e:.0e}" for e in (row["error_logprob"], row["error_entropy"]))
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
-        what = f"{row['op']:22}{shape:>16} {row['dtype']:9}{row['impl']:22}{row['outputs']:20}"
-        print(f"{what}{row['ms']:9.4f} ms  {100 / row['of_floor']:6.1f}% of the floor's rate  {peak:14}{errors}")
-    if out is None:
-        return
+        what = f"{row['op']:30}{shape:>21} {row['dtype']:9}{row['impl']:23}{row['outputs']:17}"
+        if "distribution" in row:
+            what += f"{row['distribution']:9}"
+        rate = f"{row['tflops']:7.1f} TFLOP/s  " if row.get("tflops") else ""
+        numbers = f"{row['ms']:10.4f} ms  {100 / row['of_floor']:6.1f}% of the floor's rate  {rate}"
+        print(f"{what}{numbers}{_size(row['peak_bytes']):13}{errors}".rstrip(), flush=True)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**20:7.1f} MiB" if size < 2**30 else f"{size / 2**30:7.2f} GiB"
+
+
+def write(rows: list[dict[str, Any]], packages: Iterable[str], out: Path) -> None:
+    """Write the result file, whole or not at all."""
     result = {
         "command": " ".join(["python -m bench", Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "commit": _commit(),

@@ -1,29 +1,32 @@
-"""Hidden states and head to log-prob and entropy, against bare GEMMs and peers: `python -m bench.linear [--out FILE]`.
+"""Hidden states and head to log-prob and entropy, against bare GEMMs and peers.
 
-Every implementation of a shape is timed in turn, one call each a round, so that all share the GPU's temperature and
-clock: under sustained matrix products an H100 runs into its power limit, and what is timed last would pay for what ran
-before. Medians over the rounds. The floor (`impl` "gemm") is cuBLAS writing 16-bit logits and nothing else: one GEMM
-for the forward, four for forward and backward, three with a frozen head. Errors are against float64, over the first
-rows. Peers that are not installed are left out; one that fails is named on stderr.
+    python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen] [--impls NAME ...]
+                           [--dtype bfloat16] [--flat-only] [--rounds 10] [--out bench/results/h100-linear.json]
+
+Every implementation of a shape is timed in turn, one call each a round; medians over the rounds. The floor (`impl`
+"gemm") is cuBLAS writing logits in the inputs' dtype and nothing else: one GEMM for the forward, four for forward and
+backward, three with a frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read"
+is one plain read of the head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of
+this project is an implementation. Errors are against float64, over the first rows. Peers that are not installed are
+left out; one that fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The
+result is written after every shape.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
+import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.harness import alternating_ms, largest_errors, peak_bytes, read_ms, show, write
+from bench.logits import BOTH, LOGPROB, Pair
+from bench.logits import eager as from_logits
 from entropy_fast import linear_token_stats
-from entropy_fast.files import atomic_text
 
 # (rows, hidden, vocab) of real heads
 SHAPES = {
@@ -37,56 +40,70 @@ SHAPES = {
     "llama-3-8b, 128 rows": (128, 4096, 128256),
     "llama-3-8b, 1024 rows": (1024, 4096, 128256),
     "llama-3-8b, 32768 rows": (32768, 4096, 128256),
+    "float32 head": (4096, 2048, 151936),
 }
+# op -> (GEMMs of the floor, the name in the result)
+OPS = {"forward": (1, "forward"), "backward": (4, "forward+backward"), "frozen": (3, "forward+backward, frozen head")}
+PACKAGES = ("torch", "triton", "entropy_fast", "trl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl")
 CHECKED_ROWS = 128
-Pair = tuple[torch.Tensor, torch.Tensor | None]
+# up to here the head's bytes are what a forward costs
+FEW_ROWS = 256
+Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 
 
-def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
-    """This project."""
-    return linear_token_stats(hidden, weight, targets)[:2]
+def ours(dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
+    """This project, by name: name -> (function, what it gives)."""
 
+    def at(**options: Any) -> tuple[Function, str]:
+        return lambda h, w, y: linear_token_stats(h, w, y, **options)[:2], BOTH
 
-def filtered(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
-    """This project, gradients filtered."""
-    return linear_token_stats(hidden, weight, targets, max_dropped_mass=1e-3)[:2]
+    if dtype == torch.float32:
+        return {f"entropy_fast {name}": at(precision=name) for name in ("exact", "accurate", "fast")}
+    return {"entropy_fast": at(), "entropy_fast filtered": at(max_dropped_mass=1e-3)}
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
     """Logits in one piece, float32 log-softmax."""
-    logp = torch.log_softmax((hidden @ weight.t()).float(), -1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return from_logits(hidden @ weight.t(), targets)
 
 
-def peers() -> dict[str, Callable[..., Pair]]:
-    """Importable fused-linear peers, by name."""
-    found: dict[str, Callable[..., Pair]] = {}
+def peers() -> dict[str, tuple[Function, str]]:
+    """Importable peers: name -> (function, what it gives)."""
+    found: dict[str, tuple[Function, str]] = {}
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        found["trl"] = lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 8192, None, 1.0, ("entropy",))[
-            :2
-        ]
+        def trl(chunk: int) -> Function:
+            return lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, chunk, None, 1.0, ("entropy",))[:2]
+
+        # 32768 is what its trainers use
+        found["trl"], found["trl, chunks of 8192"] = (trl(32768), BOTH), (trl(8192), BOTH)
     except ImportError:
         pass
     try:
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
+        # its look at the targets waits for the device
+        os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")
+
         def liger(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> Pair:
-            nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y, 1.0, -100, 1, True)[:2]
+            nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y, 1.0, -100, 1, True)
             return -nll, entropy
 
-        found["liger"] = liger
+        found["liger"] = (liger, BOTH)
     except ImportError:
         pass
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cce"] = lambda h, w, y: (-linear_cross_entropy(h, w, y, reduction="none"), None)
+        def cce(**options: Any) -> Function:
+            return lambda h, w, y: (-linear_cross_entropy(h, w, y, reduction="none", **options), None)
+
+        found["cce"], found["cce unfiltered"] = (cce(), LOGPROB), (cce(filter_eps=None), LOGPROB)
     except ImportError:
         pass
-    found["eager"] = eager
-    found["compiled"] = torch.compile(eager)
+    found["eager"] = (eager, BOTH)
+    found["compiled"] = (torch.compile(eager, dynamic=False), BOTH)
     return found
 
 
@@ -112,164 +129,129 @@ def problem(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, 
     return [hidden.to(dtype), weight.to(dtype), targets]
 
 
-def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn; calls that fail are dropped with a word on stderr."""
-    cuda = torch.cuda.is_available()
-    times: dict[str, list[float]] = {}
-    for name, call in calls.items():
-        try:
-            call()
-            times[name] = []
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
-    for _ in range(rounds):
-        for name in times:
-            if cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                calls[name]()
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end))
-            else:
-                begin = time.perf_counter()
-                calls[name]()
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Peak memory over what is held already, gradients included; None off the GPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def errors(pair: Pair, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> list[float | None]:
-    """Largest errors of log-prob and entropy over the first rows, nats."""
-    exact = eager_float64(hidden[:CHECKED_ROWS], weight, targets[:CHECKED_ROWS])
-    return [
-        None if got is None else (got[:CHECKED_ROWS].double() - e).abs().max().item()
-        for got, e in zip(pair, exact, strict=True)
-    ]
-
-
-def eager_float64(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
-    """The truth."""
-    logp = torch.log_softmax(hidden.double() @ weight.double().t(), -1)
+def exact(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of logits in float64."""
+    logp = torch.log_softmax(logits.double(), -1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int, peaked: bool
-) -> list[dict[str, Any]]:
-    """Rows of the result for one shape."""
-    hidden, weight, targets = problem(*shape, dtype, device, peaked)
-    implementations = {"entropy_fast": ours, "entropy_fast filtered": filtered, **peers()}
-    logits = torch.empty(shape[0], shape[2], dtype=dtype, device=device)
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+class Case:
+    """One shape and distribution: its tensors and the rows of the result."""
 
-    def gemm() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str, peaked: bool) -> None:
+        self.inputs = self.hidden, self.weight, self.targets = problem(*shape, dtype, device, peaked)
+        self.logits = torch.empty(shape[0], shape[2], dtype=dtype, device=device)
+        self.d_hidden, self.d_weight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
+        checked = self.targets[:CHECKED_ROWS]
+        self.exact = exact(self.hidden[:CHECKED_ROWS].double() @ self.weight.double().t(), checked)
+        self.product = 2 * shape[0] * shape[1] * shape[2]
+        self.facts = {
+            "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)),
+            "dtype": str(dtype).removeprefix("torch."),
+            "distribution": "rollouts" if peaked else "flat",
+        }
 
-    def frozen_gemms() -> None:
-        gemm(), gemm(), torch.mm(logits, weight, out=d_hidden)
+    def gemms(self, count: int) -> None:
+        """As many of a step's GEMMs: logits, logits again, dHidden, dWeight."""
+        torch.mm(self.hidden, self.weight.t(), out=self.logits)
+        if count > 1:
+            torch.mm(self.hidden, self.weight.t(), out=self.logits)
+            torch.mm(self.logits, self.weight, out=self.d_hidden)
+        if count > 3:
+            torch.mm(self.logits.t(), self.hidden, out=self.d_weight)
 
-    def all_gemms() -> None:
-        frozen_gemms(), torch.mm(logits.t(), hidden, out=d_weight)
+    def tf32_gemms(self, count: int) -> None:
+        """The same GEMMs with TF32 products."""
+        torch.set_float32_matmul_precision("high")
+        self.gemms(count)
+        torch.set_float32_matmul_precision("highest")
 
-    def forward(f: Callable[..., Pair]) -> Callable[[], Pair]:
-        return torch.no_grad()(lambda: f(hidden, weight, targets))
+    def step(self, function: Function, op: str) -> Any:
+        """One forward, or forward and backward, of log-prob and (where there is one) entropy."""
+        if op == "forward":
+            with torch.no_grad():
+                return function(*self.inputs)
+        h, w = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(op == "backward")
+        total = sum(t.float().sum() for t in function(h, w, self.targets) if t is not None)
+        return torch.autograd.grad(total, [h, w] if op == "backward" else [h])
 
-    def both(f: Callable[..., Pair], frozen: bool) -> Callable[[], Any]:
-        def call() -> Any:
-            h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
-            total = sum(t.float().sum() for t in f(h, w, targets) if t is not None)
-            return torch.autograd.grad(total, [h] if frozen else [h, w])
-
-        return call
-
-    result = []
-    for op, floor, make in (
-        ("forward", gemm, forward),
-        ("forward+backward", all_gemms, lambda f: both(f, False)),
-        ("forward+backward, frozen head", frozen_gemms, lambda f: both(f, True)),
-    ):
-        calls: dict[str, Callable[[], Any]] = {"gemm": floor}
-        calls |= {name: make(f) for name, f in implementations.items() if op != "forward" or "filtered" not in name}
-        times = timed(calls, rounds)
+    def measure(self, op: str, functions: dict[str, tuple[Function, str]], rounds: int) -> list[dict[str, Any]]:
+        """Rows of one op, the floor first."""
+        count, title = OPS[op]
+        calls: dict[str, Callable[[], Any]] = {"gemm": lambda: self.gemms(count)}
+        if "gemm tf32" in functions:
+            calls["gemm tf32"] = lambda: self.tf32_gemms(count)
+        for name, (function, _) in functions.items():
+            # filtering is of the gradient
+            if name not in ("gemm tf32", "read") and (op != "forward" or "filtered" not in name):
+                calls[name] = lambda function=function: self.step(function, op)
+        times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
+        if "read" in functions and op == "forward":
+            times["read"] = read_ms(self.weight)
+        rows = []
         for name, ms in times.items():
-            error: list[float | None] = [None, None]
-            if op == "forward" and name != "gemm":
-                error = errors(calls[name](), hidden, weight, targets)
-            result.append(
-                {
-                    "op": op,
-                    "impl": name,
-                    "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "distribution": "rollouts" if peaked else "flat",
-                    "outputs": "logprob" if name == "cce" else "logprob, entropy",
-                    "ms": ms,
-                    "of_floor": ms / times["gemm"],
-                    "peak_bytes": None if name == "gemm" else peak_bytes(calls[name]),
-                    "error_logprob": error[0],
-                    "error_entropy": error[1],
-                }
-            )
-    return result
+            row = {"op": title, "impl": name, **self.facts, "ms": ms, "of_floor": ms / times["gemm"]}
+            row |= {"outputs": "logits" if "gemm" in name else functions[name][1], "tflops": None, "peak_bytes": None}
+            row |= {"error_logprob": None, "error_entropy": None}
+            if name != "read":
+                row["tflops"] = self.product * count / ms / 1e9
+                if op == "forward":
+                    got = calls[name]()
+                    pair = exact(self.logits[:CHECKED_ROWS], self.targets[:CHECKED_ROWS]) if "gemm" in name else got
+                    row["error_logprob"], row["error_entropy"] = largest_errors(pair, self.exact)
+                    del got, pair
+                if "gemm" not in name:
+                    row["peak_bytes"] = peak_bytes(calls[name])
+            rows.append(row)
+        return rows
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured."""
-    found = {}
-    for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def unfilled(*_: torch.Tensor) -> Pair:
+    """Stands for what is measured by other means than a call of three tensors."""
+    raise NotImplementedError
+
+
+def implementations(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
+    """All that a shape is measured with beside the floor."""
+    found = ours(dtype) | peers()
+    if dtype == torch.float32:
+        found["gemm tf32"] = (unfilled, "logits")
+    if shape[0] <= FEW_ROWS:
+        found["read"] = (unfilled, "")
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Measure, print a table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="*", default=list(SHAPES), help=f"of {', '.join(SHAPES)}, or ROWSxHIDDENxVOCAB"
-    )
+    bf16 = [name for name in SHAPES if "float32" not in name]
+    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(SHAPES)}, or ROWSxHIDDENxVOCAB")
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--impls", nargs="+", metavar="NAME", help="of those in the table; the floor is always there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--flat-only", action="store_true", help="leave out the rows spread as in rollouts")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    torch.set_float32_matmul_precision("highest")
     rows: list[dict[str, Any]] = []
-    for name in options.shapes:
+    for name in options.shapes or (["float32 head"] if dtype == torch.float32 else bf16):
         shape = SHAPES.get(name) or tuple(int(n) for n in name.split("x"))
+        # without this, from its ninth shape on, torch.compile gives up and runs eagerly
+        torch._dynamo.reset()
+        functions = implementations(shape, dtype)
+        functions = {n: f for n, f in functions.items() if options.impls is None or n in options.impls}
         for peaked in (False,) if options.flat_only else (False, True):
-            measured = measure(shape, getattr(torch, options.dtype), device, options.rounds, peaked)
-            rows += measured
-            for r in measured:
-                e = "" if r["error_logprob"] is None else f"{r['error_logprob']:.1e}"
-                peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:6.2f} GiB"
-                what = f"{name:24}{r['distribution']:10}{r['op']:31}{r['impl']:23}"
-                print(f"{what}{r['ms']:9.3f} ms{r['of_floor']:7.3f} {peak} {e}")
-    if options.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        report = {
-            "command": "python -m bench.linear " + " ".join(sys.argv[1:] if argv is None else argv),
-            "commit": commit or None,
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-            "versions": versions(),
-            "rows": rows,
-        }
-        with atomic_text(options.out) as file:
-            json.dump(report, file, indent=1)
+            case = Case(shape, dtype, "cuda" if torch.cuda.is_available() else "cpu", peaked)
+            for op in options.ops:
+                measured = case.measure(op, functions, options.rounds)
+                show(measured)
+                rows += measured
+            # before the next one's tensors
+            del case
+            if options.out:
+                write(rows, PACKAGES, options.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 All in one run. The floor of the forward is one plain read of the logits, that of the backward a copy of them. Errors
 are against float64 over the first rows; a peer that is not installed is left out, one that fails is named on stderr.
-TRL's and this project's functions give log-prob and entropy, Liger's and Quack's the log-prob alone. The line `host`
-is what one call costs the host on a small input.
+TRL's and this project's functions give log-prob and entropy, Liger's and Quack's the log-prob alone (Liger's of
+one row less). The line `host` is what one call costs the host on a small input.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def peers() -> dict[str, tuple[Function, str]]:
         from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
         def liger(x: torch.Tensor, y: torch.Tensor) -> Pair:
-            # it scores all but the last column of one sequence
-            return fused_selective_log_softmax(x[None], y[None], 1.0)[0], None
+            # one sequence, of which it scores every row but the last, against the last rows − 1 ids that it is given
+            return fused_selective_log_softmax(x[None], y[None, :-1], 1.0)[0], None
 
         found["liger"] = (liger, LOGPROB)
     except ImportError:
@@ -174,6 +174,8 @@ def main() -> None:
         functions |= peers()
     rows = host_rows(device)
     for shape in options.shapes:
+        # without this, from its ninth shape on, torch.compile gives up and runs eagerly
+        torch._dynamo.reset()
         case = Case(*(int(n) for n in shape.split("x")), getattr(torch, options.dtype), device)
         case.forward(functions)
         if not options.forward_only:
