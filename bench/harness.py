@@ -153,7 +153,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shape = " × ".join(str(n) for n in row["shape"].values())
         errors = "  ".join("" if e is None else f"{e:.0e}" for e in (row["error_logprob"], row["error_entropy"]))
-        what = f"{row['op']:30}{shape:>21} {row['dtype']:9}{row['impl']:23}{row['outputs']:17}"
+        what = f"{row['op']:30}{shape:>21} {row['dtype']:9}{row['impl']:28} {row['outputs']:17}"
         if "distribution" in row:
             what += f"{row['distribution']:9}"
         rate = f"{row['tflops']:7.1f} TFLOP/s  " if row.get("tflops") else ""

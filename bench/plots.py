@@ -1,6 +1,10 @@
-"""Draw a result of `python -m bench logits`: what each implementation reads a second, under the measured roof.
+"""Draw a result of `python -m bench logits` or `linear`.
 
-python -m bench plots bench/results/h100-logits.json -o docs/images/logits.png
+    python -m bench plots bench/results/h100-logits.json -o docs/logits.png
+    python -m bench plots bench/results/h100-linear.json -o docs/linear.png
+
+Of logits: what each implementation reads a second, under the measured roof. Of hidden states and head: the time of each
+implementation over that of the bare GEMMs, shape by shape.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from entropy_fast.files import atomic_path
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MARKERS = "osD^vP*X"
+# without red and orange, which are this project's
+COLOURS = ["tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.35"]
 
 
 def rate(row: dict[str, Any]) -> float:
@@ -32,38 +40,77 @@ def _bytes(row: dict[str, Any]) -> int:
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
-    """One panel each for forward and backward."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for panel, op, roof in zip(panels, ("forward", "backward"), ("a plain read", "a copy"), strict=True):
-        rows = [row for row in result["rows"] if row["op"] == op]
-        names = list(dict.fromkeys(row["impl"] for row in rows))
-        for i, name in enumerate(names):
-            points = sorted((_bytes(row) / 1e6, rate(row)) for row in rows if row["impl"] == name)
-            x, y = zip(*points, strict=True)
-            if name == "floor":
-                panel.plot(x, y, color="0.5", label=f"{roof} of the same bytes", zorder=1)
-                continue
-            ours = name == "entropy_fast"
-            outputs = next(row["outputs"] for row in rows if row["impl"] == name)
-            panel.scatter(
-                x,
-                y,
-                s=70 if ours else 36,
-                marker=MARKERS[i % len(MARKERS)],
-                color="tab:red" if ours else None,
-                label=f"{name} ({outputs})",
-                zorder=3 if ours else 2,
-            )
-        panel.set(xscale="log", xlabel="logits, MB", title=op)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    panels[0].set_ylabel("TB/s")
-    panels[0].set_ylim(bottom=0)
+    """The picture that fits the result: one panel each for forward and backward."""
+    figure = (_linear if "hidden" in result["rows"][0]["shape"] else _logits)(result["rows"])
     commit = (result["commit"] or "")[:10]
     figure.suptitle(f"{result['gpu']}, torch {result['versions'].get('torch', '?')}, commit {commit}", fontsize=9)
     with atomic_path(out) as partial:
         figure.savefig(partial, dpi=150)
     plt.close(figure)
+
+
+def _style(name: str, names: list[str]) -> dict[str, Any]:
+    """Marker, colour and size of an implementation; this project's stand out and lie on top."""
+    ours = [n for n in names if n.startswith("entropy_fast")]
+    others = [n for n in names if n not in ours]
+    if name in ours:
+        i = ours.index(name)
+        return {"marker": MARKERS[i], "color": ("tab:red", "darkorange", "firebrick")[i % 3], "s": 80, "zorder": 3}
+    i = others.index(name)
+    return {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)], "s": 36, "zorder": 2}
+
+
+def _logits(rows: list[dict[str, Any]]) -> Figure:
+    """TB/s over the size of the logits."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for panel, op, roof in zip(panels, ("forward", "backward"), ("a plain read", "a copy"), strict=True):
+        here = [row for row in rows if row["op"] == op]
+        names = list(dict.fromkeys(row["impl"] for row in here))
+        for name in names:
+            points = sorted((_bytes(row) / 1e6, rate(row)) for row in here if row["impl"] == name)
+            x, y = zip(*points, strict=True)
+            if name == "floor":
+                panel.plot(x, y, color="0.5", label=f"{roof} of the same bytes", zorder=1)
+                continue
+            outputs = next(row["outputs"] for row in here if row["impl"] == name)
+            panel.scatter(x, y, label=f"{name} ({outputs})", **_style(name, names))
+        panel.set(xscale="log", xlabel="logits, MB", title=op)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel("TB/s")
+    panels[0].set_ylim(bottom=0)
+    return figure
+
+
+def _linear(rows: list[dict[str, Any]]) -> Figure:
+    """Time over the bare GEMMs', a line for each shape, of the rows with flat distributions."""
+    rows = [row for row in rows if row["distribution"] == "flat"]
+    shapes = list(dict.fromkeys(tuple(row["shape"].values()) for row in rows))
+    names = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != "gemm"))
+    size = (11, max(3.2, 1.9 + 0.45 * len(shapes)))
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for panel, op in zip(panels, ("forward", "forward+backward"), strict=True):
+        here = [row for row in rows if row["op"] == op]
+        panel.axvline(1, color="0.5", zorder=1)
+        for name in names:
+            points = [(row["of_floor"], tuple(row["shape"].values())) for row in here if row["impl"] == name]
+            if points:
+                outputs = next(row["outputs"] for row in here if row["impl"] == name)
+                style = _style(name, names)
+                x, y = [point[0] for point in points], [shapes.index(point[1]) for point in points]
+                panel.scatter(x, y, label=f"{name} ({outputs})" if outputs == "logprob" else name, **style)
+        panel.set(xscale="log", xlabel="time over the bare GEMMs'", title=op)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.5)))
+        panel.grid(alpha=0.3, which="both", axis="x")
+        panel.grid(alpha=0.3, axis="y")
+    panels[0].set_yticks(range(len(shapes)), [" × ".join(map(str, shape)) for shape in shapes])
+    panels[0].set_ylim(len(shapes) - 0.5, -0.5)
+    panels[0].set_ylabel("rows × hidden × vocabulary")
+    labels = dict(pair[::-1] for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+    if labels:
+        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, fontsize=8)
+    return figure
 
 
 def main() -> None:

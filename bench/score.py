@@ -5,14 +5,14 @@ Random weights of a real shape, rollouts of P prompts with 8 completions each, l
 alone over exactly as many tokens as the rollouts hold, padded, unpadded, and with every prompt once; the last in one
 pass, or in several where that is faster, is the floor. The op `head` is what follows the last hidden state, beside
 float32 logits in one piece. All in one run; medians over alternating repeats; memory is the peak over the weights.
-`S_difference` is the largest difference of a sequence's S from that of `entropy_fast`, in nats.
+`S_difference` is the largest difference of a sequence's S from that of `entropy_fast`, in nats; `share`, of the head's
+row, its part of the whole pass. TRL's functions stand beside it where TRL is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers as tf
 
-from bench.harness import report
+from bench.harness import alternating_ms, peak_bytes, report
 from entropy_fast import Rollouts, linear_token_stats, score
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKAGES = ("torch", "triton", "transformers", "entropy_fast")
+PACKAGES = ("torch", "triton", "transformers", "entropy_fast", "trl")
 BOTH, LOGPROB = "logprob, entropy", "logprob"
 PROMPT, LONGEST, GROUP = 128, 512, 8
 SHAPES = {
@@ -71,39 +71,56 @@ def dense(model: torch.nn.Module, tokens: int, *, per_pass: int = 8192, width: i
         tokens -= ids.numel()
 
 
-def timed(run: Callable[[], object]) -> tuple[float, int | None]:
-    """Milliseconds, and peak bytes over what is allocated; None off the GPU."""
-    if DEVICE == "cpu":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start), None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last), torch.cuda.max_memory_allocated() - before
+def trl_cases(model: torch.nn.Module, r: Rollouts) -> dict[str, Callable[[], torch.Tensor]]:
+    """S by TRL's functions as it runs them, 8 right-padded sequences at a time in the order given; none without TRL."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    head, config = model.get_output_embeddings(), model.config
+
+    def from_hidden(ids: torch.Tensor, mask: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        # 32768: its trainers' chunk
+        facts = (head.bias, ids[:, 1:][generated], 1.0, 32768, getattr(config, "final_logit_softcapping", None), 1.0)
+        logp = ChunkedLogProbFunction.apply(hidden[generated], head.weight, *facts, ("entropy",))[0]
+        return logp.new_zeros(generated.shape).masked_scatter(generated, logp).sum(1)
+
+    def from_logits(ids: torch.Tensor, mask: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+        # the completions' columns alone, and the prompt's last, which predicts the first of them
+        keep = ids.shape[1] - PROMPT
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
+        return selective_log_softmax_and_entropy(logits, ids[:, -keep:], 1.0, generated[:, -keep:])[0].sum(1)
+
+    def microbatches(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            parts = (t.to(DEVICE).split(8) for t in (r.tokens, r.attention_mask.long(), r.generated[:, 1:]))
+            return torch.cat([function(*part) for part in zip(*parts, strict=True)])
+
+        return run
+
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        found["TRL functions, hidden states"] = microbatches(from_hidden)
+        # a Triton kernel: nothing for a CPU
+        if DEVICE == "cuda":
+            from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+            found["TRL functions, logits"] = microbatches(from_logits)
+    except ImportError:
+        pass
+    return found
 
 
 def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Median and spread over alternating repeats, after one to warm up."""
-    runs: dict[str, list[tuple[float, int | None]]] = {name: [] for name in cases}
-    for _ in range(repeats + 1):
-        for name, run in cases.items():
-            runs[name].append(timed(run))
-    found = {}
-    for name, results in runs.items():
-        times = [ms for ms, _ in results[1:]]
-        found[name] = {
+    """Median and spread over alternating repeats, and memory."""
+    return {
+        name: {
             "ms": statistics.median(times),
             "ms_min": min(times),
             "ms_max": max(times),
-            "peak_bytes": results[-1][1],
+            "peak_bytes": peak_bytes(cases[name]),
         }
-    return found
+        for name, times in alternating_ms(cases, repeats).items()
+    }
 
 
 def rows(op: str, found: dict[str, dict[str, Any]], floors: list[str], **facts: Any) -> list[dict[str, Any]]:
@@ -138,6 +155,8 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     if not torch.equal(score(model, r, layout=first.layout).logprob, first.logprob):
         raise AssertionError("the same weights gave other bits")
     sums = {"entropy_fast, right-padded": score(model, r, packing=False).S, "log_softmax, 8": proposal(model, r, 8)}
+    peers = trl_cases(model, r)
+    sums |= {case: run() for case, run in peers.items()}
     cases = {
         "entropy_fast": lambda: score(model, r),
         "entropy_fast, no entropy": lambda: score(model, r, entropy=False),
@@ -150,6 +169,8 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
         "transformer, unique, one pass": lambda: dense(model, unique, per_pass=unique),
     }
     outputs = {case: LOGPROB if "no entropy" in case or "log_softmax" in case else BOTH for case in list(cases)[:5]}
+    cases |= peers
+    outputs |= dict.fromkeys(peers, BOTH)
     facts: dict[str, Any] = {"shape": {"model": name, "sequences": len(r), "unique_tokens": unique}}
     facts["dtype"] = str(dtype).removeprefix("torch.")
     found = rows(
@@ -160,7 +181,13 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
         S_difference={case: float((S.cpu() - first.S.cpu()).abs().max()) for case, S in sums.items()},
         **facts,
     )
-    return found + head_rows(model, int(r.generated.sum()), repeats, facts)
+    heads = head_rows(model, int(r.generated.sum()), repeats, facts)
+    ms = {(row["op"], row["impl"]): row["ms"] for row in found + heads}
+    for row in heads:
+        if row["impl"] == "entropy_fast":
+            row["share"] = row["ms"] / ms["score", "entropy_fast"]
+            print(f"{name}: the head is {100 * row['share']:.1f}% of the pass")
+    return found + heads
 
 
 @torch.no_grad()

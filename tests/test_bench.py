@@ -1,6 +1,7 @@
-"""The benchmark of the logits functions runs anywhere and writes the schema that the plots read."""
+"""The benchmarks run anywhere and write the schema that the plots read."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,49 @@ def test_logits_and_its_plot(tmp_path):
     plot = bench("plots", str(out), "-o", str(tmp_path / "logits.png"))
     assert plot.returncode == 0, plot.stderr[-2000:]
     assert (tmp_path / "logits.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_linear_and_its_plot(tmp_path):
+    out = tmp_path / "linear.json"
+    ours = ["entropy_fast exact", "entropy_fast accurate", "entropy_fast fast"]
+    others = ["gemm tf32", "read", "eager"]
+    choice = ("--rounds", "1", "--dtype", "float32", "--impls", *ours, *others)
+    run = bench("linear", "--shapes", "6x16x50", "300x8x20", *choice, "--out", str(out))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "6 × 16 × 50" in run.stdout
+    result = json.loads(out.read_text())
+    assert set(result) == {"command", "commit", "gpu", "versions", "rows"}
+    assert all(set(row) == COLUMNS | {"distribution", "tflops"} for row in result["rows"])
+    for op in ("forward", "forward+backward", "forward+backward, frozen head"):
+        for distribution in ("flat", "rollouts"):
+            rows = [row for row in result["rows"] if (row["op"], row["distribution"]) == (op, distribution)]
+            few = [row["impl"] for row in rows if row["shape"] == {"rows": 6, "hidden": 16, "vocab": 50}]
+            read = ["read"] if op == "forward" else []
+            assert sorted(few) == sorted(["gemm", "gemm tf32", "eager", *ours, *read])
+            many = [row["impl"] for row in rows if row["shape"] == {"rows": 300, "hidden": 8, "vocab": 20}]
+            assert sorted(many) == sorted(["gemm", "gemm tf32", "eager", *ours])
+            assert all(row["ms"] > 0 for row in rows)
+            assert {row["of_floor"] for row in rows if row["impl"] == "gemm"} == {1.0}
+    gemms = {"forward": 1, "forward+backward": 4, "forward+backward, frozen head": 3}
+    for row in result["rows"]:
+        if row["impl"] != "read":
+            n, d, v = row["shape"].values()
+            assert math.isclose(row["tflops"] * row["ms"] * 1e9, 2 * n * d * v * gemms[row["op"]])
+    errors = [row["error_logprob"] for row in result["rows"] if row["op"] == "forward" and row["impl"] in ours]
+    assert max(errors) < 1e-5
+    plot = bench("plots", str(out), "-o", str(tmp_path / "linear.png"))
+    assert plot.returncode == 0, plot.stderr[-2000:]
+    assert (tmp_path / "linear.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_linear_measures_only_what_is_asked_for(tmp_path):
+    out = tmp_path / "linear.json"
+    choice = ("--impls", "entropy_fast filtered", "--ops", "frozen", "--flat-only", "--rounds", "1")
+    run = bench("linear", "--shapes", "300x8x20", *choice, "--out", str(out))
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["impl"] for row in rows] == ["gemm", "entropy_fast filtered"]
+    assert {(row["op"], row["distribution"]) for row in rows} == {("forward+backward, frozen head", "flat")}
 
 
 def test_an_unknown_benchmark_lists_the_known_ones():
