@@ -18,6 +18,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,13 @@ def peers() -> dict[str, tuple[Function, str]]:
     return found
 
 
-def problem(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str, peaked: bool) -> list[torch.Tensor]:
+def problem(shape: tuple[int, ...], dtype: torch.dtype, device: str, peaked: bool) -> list[torch.Tensor]:
     """Hidden states, head and targets; logits of standard deviation 3, or rows spread as in real rollouts.
 
     Peaked: in random order, 80% of the rows have nearly all of their mass on the target, with entropies below 0.1 nats,
     and 20% are spread over many tokens.
     """
+    rows, width, vocab = shape
     g = torch.Generator(device).manual_seed(0)
     weight = torch.randn(vocab, width, generator=g, device=device) / width**0.5
     hidden = torch.randn(rows, width, generator=g, device=device)
@@ -138,8 +140,8 @@ def exact(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 class Case:
     """One shape and distribution: its tensors and the rows of the result."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str, peaked: bool) -> None:
-        self.inputs = self.hidden, self.weight, self.targets = problem(*shape, dtype, device, peaked)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str, peaked: bool) -> None:
+        self.inputs = self.hidden, self.weight, self.targets = problem(shape, dtype, device, peaked)
         self.logits = torch.empty(shape[0], shape[2], dtype=dtype, device=device)
         self.d_hidden, self.d_weight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
         checked = self.targets[:CHECKED_ROWS]
@@ -172,19 +174,19 @@ class Case:
             with torch.no_grad():
                 return function(*self.inputs)
         h, w = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(op == "backward")
-        total = sum(t.float().sum() for t in function(h, w, self.targets) if t is not None)
+        total = torch.stack([t.float().sum() for t in function(h, w, self.targets) if t is not None]).sum()
         return torch.autograd.grad(total, [h, w] if op == "backward" else [h])
 
     def measure(self, op: str, functions: dict[str, tuple[Function, str]], rounds: int) -> list[dict[str, Any]]:
         """Rows of one op, the floor first."""
         count, title = OPS[op]
-        calls: dict[str, Callable[[], Any]] = {"gemm": lambda: self.gemms(count)}
+        calls: dict[str, Callable[[], Any]] = {"gemm": partial(self.gemms, count)}
         if "gemm tf32" in functions:
-            calls["gemm tf32"] = lambda: self.tf32_gemms(count)
+            calls["gemm tf32"] = partial(self.tf32_gemms, count)
         for name, (function, _) in functions.items():
             # filtering is of the gradient
             if name not in ("gemm tf32", "read") and (op != "forward" or "filtered" not in name):
-                calls[name] = lambda function=function: self.step(function, op)
+                calls[name] = partial(self.step, function, op)
         times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
         if "read" in functions and op == "forward":
             times["read"] = read_ms(self.weight)
@@ -211,7 +213,7 @@ def unfilled(*_: torch.Tensor) -> Pair:
     raise NotImplementedError
 
 
-def implementations(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
+def implementations(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
     """All that a shape is measured with beside the floor."""
     found = ours(dtype) | peers()
     if dtype == torch.float32:
