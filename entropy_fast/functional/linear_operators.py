@@ -123,12 +123,15 @@ def _stats_backward(
     return _in_place_of(d_hidden, rows, hidden.shape[0]) if needs[0] else d_hidden, d_weight, d_bias
 
 
-@contextlib.contextmanager
-def ieee_products(hidden: torch.Tensor) -> Iterator[None]:
+def ieee_products(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Float32 library GEMMs on a GPU multiply float32, whatever torch's TF32 setting."""
     if hidden.dtype != torch.float32 or hidden.device.type != "cuda":
-        yield
-        return
+        return contextlib.nullcontext()
+    return _without_tf32()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
     setting = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

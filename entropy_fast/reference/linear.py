@@ -85,10 +85,14 @@ def _tile_shape(device: torch.device) -> tuple[int, int]:
     return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
-def _tile_for(rows: int, device: torch.device, filtered: bool) -> tuple[int, int]:
-    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own."""
-    tile_rows, tile_columns = _tile_shape(device)
-    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), 32))
+def _tile_for(rows: int, weight: torch.Tensor, filtered: bool) -> tuple[int, int]:
+    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own.
+
+    A slab of the head that has to be widened is a copy, which sets a second bound.
+    """
+    tile_rows, tile_columns = _tile_shape(weight.device)
+    most = tile_rows if arithmetic_dtype(weight.dtype) == weight.dtype else 32
+    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), most))
     return tile_rows, widening * tile_columns
 
 
@@ -116,42 +120,66 @@ def linear_stats(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_for(rows, hidden.device, filtered)
+    tile_rows, tile_columns = _tile_for(rows, weight, filtered)
     x = hidden.to(dtype)
-    m = torch.full((rows,), -math.inf, dtype=dtype, device=hidden.device)
-    rest = torch.zeros_like(m)
-    e = torch.zeros_like(m)
-    z_target = torch.full_like(m, math.nan)
+    parts = list(_slabs(rows, tile_rows)) or [slice(0, 0)]
+    found: list[_Running | None] = [None] * len(parts)
     slab_lse = torch.empty(-(-vocab // tile_columns), rows, dtype=dtype, device=hidden.device) if filtered else None
     for slab, columns in enumerate(_slabs(vocab, tile_columns)):
         w = weight[columns].to(dtype)
         b = None if bias is None else bias[columns].to(dtype)
-        for r in _slabs(rows, tile_rows):
+        for i, r in enumerate(parts):
             z = transform.apply_(_logits(x[r], w, b))
-            column = targets[r] - columns.start
-            inside = (column >= 0) & (column < z.shape[1])
-            picked = z.gather(1, column.clamp(0, z.shape[1] - 1).long()[:, None])[:, 0]
-            z_target[r] = torch.where(inside, picked, z_target[r])
-            m_tile = z.amax(1)
-            # a row of only −inf so far has no maximum to shift by: shift by 0, and every term is e^(−inf) = 0
-            d = z.sub_(torch.where(m_tile == -math.inf, 0.0, m_tile)[:, None])
-            p = d.exp()
-            # p is exactly 0 far below the maximum; the clamp keeps 0 · (−inf) out
-            d.clamp_(min=LOWEST)
-            e_tile = torch.linalg.vecdot(p, d)
-            rest_tile = _sum_less_peak(p)
-            m[r], rest[r], e[r] = _merge(m[r], rest[r], e[r], m_tile, rest_tile, e_tile)
+            tile = _tile_stats(z, targets[r] - columns.start if columns.start else targets[r], tile_columns < vocab)
             if slab_lse is not None:
-                slab_lse[slab, r] = m_tile + rest_tile.log1p()
+                slab_lse[slab, r] = tile.peak + tile.rest.log1p()
+            before = found[i]
+            found[i] = tile if before is None else _merge(before, tile)
+    stats = [_finish(state, shard) for state in found if state is not None]
+    whole = stats[0] if len(stats) == 1 else LinearStats(*(torch.cat(field) for field in zip(*stats, strict=True)))
+    return whole, slab_lse
+
+
+class _Running(NamedTuple):
+    """What a row carries from slab to slab; without finite logits so far, its peak is −inf.
+
+    `rest` is Σ e^(z − peak) less the peak's own 1, `moment` Σ e^(z − peak) (z − peak), `target` the target's logit,
+    NaN where it has not been met.
+    """
+
+    peak: torch.Tensor
+    rest: torch.Tensor
+    moment: torch.Tensor
+    target: torch.Tensor
+
+
+def _tile_stats(z: torch.Tensor, column: torch.Tensor, of_many: bool) -> _Running:
+    """Of one tile of logits, which is consumed; `column` is the target's, in the tile, `of_many` whether others follow.
+
+    A row of only −inf has no peak to shift by. If it is the whole row, NaN is right; one of many tiles is shifted by 0,
+    and every term is e^(−inf) = 0.
+    """
+    y = column.clamp(0, z.shape[1] - 1)
+    target = torch.where(column == y, z.gather(1, y.long()[:, None])[:, 0], math.nan)
+    peak = z.amax(1)
+    d = z.sub_((torch.where(peak == -math.inf, 0.0, peak) if of_many else peak)[:, None])
+    p = d.exp()
+    rest = _sum_less_peak(p)
+    # p is exactly 0 far below the peak; the clamp keeps 0 · (−inf) out
+    return _Running(peak, rest, p.mul_(d.clamp_min_(LOWEST)).sum(1), target)
+
+
+def _finish(state: _Running, shard: bool) -> LinearStats:
     # no finite logit, so no distribution; or no target: NaN throughout
-    nothing = m == -math.inf if shard else (m == -math.inf) | z_target.isnan()
-    log_sum = torch.where(nothing, math.nan, rest).log1p()
-    return LinearStats(z_target - m - log_sum, log_sum - e / (1.0 + rest), m, log_sum), slab_lse
+    nothing = state.peak == -math.inf if shard else (state.peak == -math.inf) | state.target.isnan()
+    log_sum = state.rest.log1p().masked_fill_(nothing, math.nan)
+    entropy = log_sum - state.moment / (1.0 + state.rest)
+    return LinearStats(state.target - state.peak - log_sum, entropy, state.peak, log_sum)
 
 
 def _sum_less_peak(p: torch.Tensor) -> torch.Tensor:
     """Σ p less the 1 of the row's largest entry, with its digits where that 1 is nearly all."""
-    rest = p.sum(1) - 1.0
+    rest = p.sum(1).sub_(1.0)
     few = (rest < 2.0**-4).nonzero()[:, 0]
     if len(few):
         q = p[few]
@@ -159,20 +187,19 @@ def _sum_less_peak(p: torch.Tensor) -> torch.Tensor:
     return rest
 
 
-def _merge(
-    m: torch.Tensor, rest: torch.Tensor, e: torch.Tensor, m2: torch.Tensor, rest2: torch.Tensor, e2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two parts of a row's vocabulary as one; a part without finite logits has maximum −inf.
-
-    Of each part: the maximum, Σ e^(z − max) less the maximum's own 1, and Σ e^(z − max) (z − max).
-    """
-    first = m >= m2
-    top, gap = torch.where(first, m, m2), torch.where(m == m2, 0.0, -(m - m2).abs())
-    rest_top, rest_low = torch.where(first, rest, rest2), torch.where(first, rest2, rest)
-    e_top, e_low = torch.where(first, e, e2), torch.where(first, e2, e)
+def _merge(one: _Running, two: _Running) -> _Running:
+    """Two parts of a row's vocabulary as one."""
+    first = one.peak >= two.peak
+    gap = torch.where(one.peak == two.peak, 0.0, -(one.peak - two.peak).abs())
+    rest_top, rest_low = torch.where(first, one.rest, two.rest), torch.where(first, two.rest, one.rest)
+    top, low = torch.where(first, one.moment, two.moment), torch.where(first, two.moment, one.moment)
     c = gap.exp()
-    shift = gap.clamp(min=LOWEST)
-    return top, rest_top + c * (1.0 + rest_low), e_top + c * (e_low + shift * (1.0 + rest_low))
+    return _Running(
+        torch.where(first, one.peak, two.peak),
+        rest_top + c * (1.0 + rest_low),
+        top + c * (low + gap.clamp_min_(LOWEST) * (1.0 + rest_low)),
+        torch.where(two.target.isnan(), one.target, two.target),
+    )
 
 
 def linear_backward(
@@ -194,7 +221,7 @@ def linear_backward(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_for(rows, hidden.device, kept is not None)
+    tile_rows, tile_columns = _tile_for(rows, weight, kept is not None)
     x = hidden.to(dtype)
     d_hidden = torch.zeros_like(x) if needs[0] else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None

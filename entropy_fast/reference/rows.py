@@ -74,32 +74,40 @@ def row_stats(
         bias: (vocab,) or None.
         transform: what turns `logits + bias` into the logits of the softmax.
     """
-    vocab = logits.shape[1]
     dtype = arithmetic_dtype(logits.dtype)
-    k = transform.factor
-    out = RowStats(*(torch.zeros(len(targets), dtype=dtype, device=logits.device) for _ in range(4)))
-    buffers: list[torch.Tensor] = []
+    total = len(targets)
+    out = None
     for rows, w in _chunks(logits, mask, bias, transform):
-        if not buffers:
-            buffers = [torch.empty_like(w, memory_format=torch.contiguous_format) for _ in range(2)]
-        d, p = (b[: len(w)] for b in buffers)
-        peak = w.amax(1)
-        # a row of −inf has no peak to shift by; shifted by 0 its s is 0, which becomes NaN below
-        shift = torch.where(peak == -math.inf, 0.0, peak)
-        torch.sub(w, shift[:, None], out=d)
-        torch.exp(d if k == 1.0 else torch.mul(d, k, out=p), out=p)
-        s = _row_sums(p, torch.float64)
-        e = _row_sums(p.mul_(d.clamp_(min=LOWEST)), dtype)
-        log_sum = torch.where(s > 0, s, math.nan).sub_(1.0).log1p_().to(dtype)
-        y = targets[rows]
-        inside = (y >= 0) & (y < vocab)
-        d_y = w.gather(1, torch.where(inside, y, 0).long()[:, None])[:, 0].to(dtype) - shift
-        poison = torch.where(inside, 0.0, math.nan)
-        out.logprob[rows] = d_y * k - log_sum + poison
-        out.entropy[rows] = log_sum - (k * e / s).to(dtype) + poison
-        out.peak[rows] = shift
-        out.log_sum[rows] = log_sum
-    return out
+        part = _chunk_stats(w, targets[rows], transform.factor)
+        if len(w) == total:
+            return part
+        if out is None:
+            out = RowStats(*(torch.zeros(total, dtype=dtype, device=logits.device) for _ in part))
+        for whole, values in zip(out, part, strict=True):
+            whole[rows] = values
+    return out or RowStats(*(torch.zeros(total, dtype=dtype, device=logits.device) for _ in RowStats._fields))
+
+
+def _chunk_stats(w: torch.Tensor, targets: torch.Tensor, k: float) -> RowStats:
+    """`row_stats` of rows whose exponentials fit beside them; `w` is left alone.
+
+    Nothing is done here for rows of NaN, of −inf alone or with +inf: w − M is NaN in them, and so is all that follows.
+    """
+    peak = w.amax(1)
+    d = w - peak[:, None]
+    y = targets.clamp(0, w.shape[1] - 1)
+    d_y = d.gather(1, y.long()[:, None])[:, 0]
+    p = d.exp() if k == 1.0 else (d * k).exp_()
+    s = _row_sums(p, torch.float64)
+    e = _row_sums(p.mul_(d.clamp_min_(LOWEST)), w.dtype)
+    log_sum = (s - 1.0).log1p_().to(w.dtype)
+    if k != 1.0:
+        d_y, e = d_y * k, e * k
+    logprob, entropy = d_y - log_sum, log_sum - (e / s).to(w.dtype)
+    if targets.device.type != "cpu" or not torch.equal(targets, y):
+        inside = targets == y
+        logprob, entropy = torch.where(inside, logprob, math.nan), torch.where(inside, entropy, math.nan)
+    return RowStats(logprob, entropy, peak, log_sum)
 
 
 def row_stats_backward(
