@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import entropy_fast as ef
+from entropy_fast.functional.linear_operators import implementation
 from entropy_fast.functional.linear_shards import combine_shards, shard_gradients, shard_stats
 from entropy_fast.reference.filtering import choose_slabs
 
@@ -37,20 +38,23 @@ def test_chosen_slabs_hold_at_most_the_bound(bound):
     assert (dropped + spare > bound).all()
 
 
-def rollouts(device, dtype, rows=600, width=48, vocab=9000):
+def rollouts(device, dtype, vocab, rows=600, width=48):
     """Four in five rows nearly certain of their target, the others spread out, in random order."""
     g = torch.Generator().manual_seed(5)
     weight = torch.randn(vocab, width, generator=g)
     targets = torch.randint(0, vocab, (rows,), generator=g)
     confident = torch.rand(rows, generator=g) < 0.8
-    hidden = torch.where(confident[:, None], 0.45 * weight[targets], 0.4 * torch.randn(rows, width, generator=g))
+    hidden = torch.where(confident[:, None], 0.6 * weight[targets], 0.4 * torch.randn(rows, width, generator=g))
     return hidden.to(dtype).to(device), weight.to(dtype).to(device), targets.to(device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_filtered_gradients(device, dtype):
-    hidden, weight, targets = rollouts(device, dtype)
+    like = torch.empty(0, dtype=dtype, device=device)
+    # the width of a slab is the device's and the dtype's: of fewer than two nothing could be dropped
+    vocab = 4 * implementation(like, "exact").filter_columns(like.device) + 808
+    hidden, weight, targets = rollouts(device, dtype, vocab)
     g = torch.Generator().manual_seed(6)
     weights = torch.randn(2, len(targets), generator=g).to(device)
 
@@ -61,17 +65,18 @@ def test_filtered_gradients(device, dtype):
 
     exact, expected = gradients(0.0)
     filtered, got = gradients(1e-3)
-    assert torch.equal(filtered.logprob, exact.logprob)
+    # not bit for bit: unfiltered, a slab may be wider
+    assert (filtered.logprob - exact.logprob).abs().max() <= 1e-5
     assert filtered.dropped_mass.max() <= 1e-3
     assert filtered.dropped_mass.max() > 0
     # dropped: dz of mass ≤ 1e-3 a row, weighted by |log p + H| ≲ log of the vocabulary for the entropy
     for a, e in zip(got, expected, strict=True):
-        assert (a.double() - e.double()).norm() <= 1e-3 * (1 + math.log(9000)) * e.double().norm()
+        assert (a.double() - e.double()).norm() <= 1e-3 * (1 + math.log(vocab)) * e.double().norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_filtered_with_a_mask_and_nothing_to_drop(device):
-    hidden, weight, targets = rollouts(device, torch.float32, rows=50, vocab=700)
+    hidden, weight, targets = rollouts(device, torch.float32, 700, rows=50)
     mask = torch.arange(50, device=device) % 2 == 0
     h, e = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     out = ef.linear_token_stats(h, weight, targets, mask=mask, max_dropped_mass=1e-12)
