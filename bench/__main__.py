@@ -9,6 +9,7 @@ BENCHMARKS = {
     "logits": "rows of logits: forward and backward beside the read floor, the copy rate and peers",
     "linear": "hidden states and head, without logits, beside bare GEMMs and peers",
     "score": "a whole scoring pass of a model",
+    "precision": "how much S depends on the layout, in every precision, for docs/precision.md",
     "heads_table": "what every model class gets, for docs/heads.md",
     "psis": "Pareto smoothing of many weights",
     "tune": "measure the launch settings that kernels/settings.py holds",

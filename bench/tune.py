@@ -55,7 +55,7 @@ def tune_forward(rows: int, vocab: int) -> None:
     """Print every candidate's time, then the best line."""
     logits, targets = problem(rows, vocab)
     floor = read_ms(logits)
-    now = forward_settings(vocab, vector_width(logits), 2)
+    now = forward_settings(logits)
     times: dict[Settings, float] = {}
     for settings in [now, *candidates(now.segments, vector_width(logits) < 4, vocab)]:
         times[settings] = median_ms(lambda s=settings: row_stats(logits, targets, None, None, Transform(), s), 15)

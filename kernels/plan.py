@@ -1,7 +1,7 @@
 """Which rows to read: lists of active rows, so that no program idles, and the EOS and length of every sequence.
 
-The lists are built without a word to the host. Their order depends on timing, the results do not: every row is
-computed by itself, and a sequence is summed in column order by whoever finishes its last row.
+The lists are built without a word to the host. The order of that of sequences depends on timing, the results do not:
+every row is computed by itself, and a sequence is summed in column order by whoever finishes its last row.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from entropy_fast.kernels.launch import launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
+LIST_BLOCK = 4096
 
 
 class ActiveRows(NamedTuple):
@@ -44,35 +45,48 @@ class Sequences(NamedTuple):
 
 
 @triton.jit
-def split_positions(is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
-    """Append the active positions of a block to the list and write zeros where nothing will be computed."""
+def split_positions(
+    is_active, inside, position, first, rows_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+):  # fmt: skip
+    """List the active positions of a block from entry `first` on and write zeros where nothing will be computed."""
     flags = is_active.to(tl.int32)
-    first = tl.atomic_add(count_ptr, tl.sum(flags, 0), sem="relaxed")
     tl.store(rows_ptr + first + tl.cumsum(flags, 0) - flags, position.to(tl.int32), mask=is_active)
     idle = inside & (is_active == 0)
     tl.store(logprob_ptr + position, 0.0, mask=idle)
     tl.store(entropy_ptr + position, 0.0, mask=idle)
-    tl.store(peak_ptr + position, 0.0, mask=idle)
-    tl.store(log_sum_ptr + position, 0.0, mask=idle)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + position, 0.0, mask=idle)
+        tl.store(log_sum_ptr + position, 0.0, mask=idle)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@triton.jit(do_not_specialize=["positions", "counters"])
 def list_active_kernel(
     mask_ptr,
     rows_ptr,
-    count_ptr,
+    counters_ptr,
     logprob_ptr,
     entropy_ptr,
     peak_ptr,
     log_sum_ptr,
     positions,
+    counters,
     BLOCK: tl.constexpr,
 ):
-    """One program a BLOCK of positions."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """One program a BLOCK of positions; each counts what lies before its block, so that none waits for another."""
+    block = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    for earlier in range(block):
+        before += (tl.load(mask_ptr + earlier * BLOCK + lanes) != 0).to(tl.int32)
+    first = tl.sum(before, 0)
+    position = block * BLOCK + lanes
     inside = position < positions
     is_active = tl.load(mask_ptr + position, mask=inside, other=0) != 0
-    split_positions(is_active, inside, position, rows_ptr, count_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+    split_positions(is_active, inside, position, first, rows_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+    if block == tl.num_programs(0) - 1:
+        tl.store(counters_ptr, first + tl.sum(is_active.to(tl.int32), 0))
+        for start in range(1, counters, BLOCK):
+            tl.store(counters_ptr + start + lanes, 0, mask=start + lanes < counters)
 
 
 @triton.jit(do_not_specialize=["columns", "eos_count"])
@@ -130,12 +144,13 @@ def plan_sequences_kernel(
             counted += tl.sum(generated.to(tl.int32), 0)
         else:
             counted += tl.sum((generated & (column != eos_column)).to(tl.int32), 0)
+        entry = tl.atomic_add(count_ptr, tl.sum(generated.to(tl.int32), 0), sem="relaxed")
         split_positions(
             generated,
             inside,
             base + column,
+            entry,
             rows_ptr,
-            count_ptr,
             logprob_ptr,
             entropy_ptr,
             peak_ptr,
@@ -178,10 +193,20 @@ def finish_sequence(
 
 
 def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> ActiveRows:
-    """The list of True positions of a contiguous bool mask; zeros go to `out` at the others."""
+    """The list of True positions of a contiguous bool mask; zeros go to `out` at the others.
+
+    `counters` becomes their number and zeros.
+    """
     active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
-    programs = triton.cdiv(mask.numel(), BLOCK)
-    launch(list_active_kernel, programs, (mask, *active, *out), (mask.numel(),), (), {"BLOCK": BLOCK}, num_warps=4)
+    launch(
+        list_active_kernel,
+        triton.cdiv(mask.numel(), LIST_BLOCK),
+        (mask, *active, *out),
+        (mask.numel(), counters.numel()),
+        (),
+        {"BLOCK": LIST_BLOCK},
+        num_warps=8,
+    )
     return active
 
 

@@ -8,7 +8,8 @@ d = w − M, in one pass with running rescaling (the online softmax):
 Bytes: the active rows once, and 16 bytes out per row.
 
 Each of LANES lanes keeps its own running sums over UNROLL × WIDTH elements a step, so the loop has no exchange between
-threads, one exp2 an element and 16-byte loads; lanes merge once per segment. A row is cut into segments by its
+threads, one exp2 an element and 16-byte loads (of memory, or of what the tensor memory accelerator brought where rows
+start anywhere); lanes merge once per segment. A row is cut into segments by its
 vocabulary alone, and segments merge in order: in the one program that holds the row or, when rows are too few to fill
 the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
 bits depend neither on the number of rows nor on its place.
@@ -16,9 +17,12 @@ bits depend neither on the number of rows nor on its place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
 from entropy_fast.kernels.launch import launch
@@ -29,6 +33,8 @@ from entropy_fast.reference.transform import Transform
 
 # The peak of an empty set: no finite float32 lies below it.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
+# Elements that the 32-bit coordinates of a stream reach.
+STREAM_REACH = 2**31 - 1
 SUM_BLOCK = tl.constexpr(BLOCK)
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -50,8 +56,11 @@ def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: t
     return x
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
+@triton.jit(
+    do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences", "lead"]
+)
 def row_stats_kernel(
+    stream,
     logits_ptr,
     bias_ptr,
     targets_ptr,
@@ -72,10 +81,12 @@ def row_stats_kernel(
     stride_inner,
     split_below,
     sequences,
+    lead,
     factor: tl.float64,
     squeeze: tl.float64,
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     SEQUENCES: tl.constexpr,
     INCLUDE_EOS: tl.constexpr,
@@ -85,16 +96,17 @@ def row_stats_kernel(
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a row, or a segment of a row where rows are few; with a list, programs walk it."""
+    """One program a row, or a segment of a row where rows are few; with a list, whoever is free takes the next."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
-    # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
-    stride_outer = stride_outer // WIDTH * WIDTH
-    stride_inner = stride_inner // WIDTH * WIDTH
-    if EVEN:
-        vocab = vocab // WIDTH * WIDTH
+    if ALIGNED:
+        # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
+        stride_outer = stride_outer // WIDTH * WIDTH
+        stride_inner = stride_inner // WIDTH * WIDTH
+        if EVEN:
+            vocab = vocab // WIDTH * WIDTH
     block_cols = (
         tl.arange(0, UNROLL)[:, None, None] * (LANES * WIDTH)
         + tl.arange(0, LANES)[None, :, None] * WIDTH
@@ -105,7 +117,8 @@ def row_stats_kernel(
     if active_ptr is not None:
         rows = tl.load(counters_ptr)
     parts = tl.where(rows < split_below, SEGMENTS, 1)
-    for unit in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
+    unit = tl.program_id(0)
+    while unit < rows * parts:
         index = unit // parts
         part = unit % parts
         row = index
@@ -115,7 +128,9 @@ def row_stats_kernel(
         outer = row // inner
         # the token in a column is scored by the logits of the column before it
         column = row - outer * inner - SEQUENCES
-        row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
+        row_start = outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
+        row_ptr = logits_ptr + row_start
+        stream_start = (row_start + lead).to(tl.int32)
 
         # sums of the segment at hand and, where there are several, of those that are finished
         m, s, r, e = empty_sets(LANES, ACC)
@@ -125,7 +140,10 @@ def row_stats_kernel(
         left = per_segment
         for block in tl.range(first, last, num_stages=STAGES):
             start = block * BLOCK
-            w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
+            if stream is not None:
+                w = stream.load([stream_start + start]).reshape(UNROLL, LANES, WIDTH).to(ACC)
+            else:
+                w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
             m, s, r, e = absorb(w, m, s, r, e, alpha)
             if SEGMENTS > 1:
@@ -138,7 +156,11 @@ def row_stats_kernel(
         if holds_tail & (whole_blocks * BLOCK < vocab):
             start = whole_blocks * BLOCK
             inside = block_cols < vocab - start
-            w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+            if stream is not None:
+                # what follows the row comes with it, and is cut off below
+                w = stream.load([stream_start + start]).reshape(UNROLL, LANES, WIDTH).to(ACC)
+            else:
+                w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
             m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
@@ -156,7 +178,7 @@ def row_stats_kernel(
                 tl.store(own_ptr + 2 * LANES, r_row)
                 tl.store(own_ptr + 3 * LANES, e_row)
                 tl.debug_barrier()
-                complete = tl.atomic_add(counters_ptr + 1 + index, 1, sem="acq_rel") == parts - 1
+                complete = tl.atomic_add(counters_ptr + 2 + index, 1, sem="acq_rel") == parts - 1
                 if complete:
                     m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
                     for segment in range(SEGMENTS):
@@ -174,11 +196,12 @@ def row_stats_kernel(
             log_sum = log_of_sum(s_all, r_all)
             tl.store(logprob_ptr + row, k * (w_target - peak) - log_sum)
             tl.store(entropy_ptr + row, log_sum - k * e_all / s_all)
-            tl.store(peak_ptr + row, peak)
-            tl.store(log_sum_ptr + row, log_sum)
+            if peak_ptr is not None:
+                tl.store(peak_ptr + row, peak)
+                tl.store(log_sum_ptr + row, log_sum)
             if SEQUENCES:
                 tl.debug_barrier()
-                done = tl.atomic_add(counters_ptr + 1 + split_below + outer, 1, sem="acq_rel") + 1
+                done = tl.atomic_add(counters_ptr + 2 + split_below + outer, 1, sem="acq_rel") + 1
                 if done == tl.load(pending_ptr + outer):
                     finish_sequence(
                         outer,
@@ -191,6 +214,10 @@ def row_stats_kernel(
                         INCLUDE_EOS,
                         SUM_BLOCK,
                     )
+        if active_ptr is not None:
+            unit = tl.num_programs(0) + tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
+        else:
+            unit += tl.num_programs(0)
 
 
 def row_stats(
@@ -200,6 +227,7 @@ def row_stats(
     bias: torch.Tensor | None,
     transform: Transform,
     settings: Settings | None = None,
+    for_backward: bool = True,
 ) -> RowStats:
     """Log-prob of the target and entropy of every row; the contract of `reference.rows.row_stats`.
 
@@ -210,14 +238,16 @@ def row_stats(
         bias: (vocab,), contiguous, or None.
         transform: what turns `logits + bias` into the logits of the softmax.
         settings: launch settings; from the table by default.
+        for_backward: whether peak and log_sum are wanted; without, they are None.
     """
-    out = _empty_stats(logits, targets)
+    out = _empty_stats(logits, targets, for_backward)
     if targets.numel() == 0:
         return out
-    settings = settings or forward_settings(logits.shape[-1], vector_width(logits), logits.element_size())
+    settings = settings or forward_settings(logits)
     active = None
     if mask is not None:
-        active = list_active(mask, out, new_counters(settings, logits.device))
+        counters = torch.empty(counter_count(settings, logits.device), dtype=torch.int32, device=logits.device)
+        active = list_active(mask, out, counters)
     _launch(logits, targets, bias, transform, out, settings, active)
     return out
 
@@ -249,8 +279,10 @@ def sequence_stats(
         settings: launch settings; from the table by default.
     """
     out = _empty_stats(logits, tokens)
-    settings = settings or forward_settings(logits.shape[-1], vector_width(logits), logits.element_size())
-    counters = new_counters(settings, logits.device, sequences=len(tokens))
+    settings = settings or forward_settings(logits)
+    counters = torch.zeros(
+        counter_count(settings, logits.device) + len(tokens), dtype=torch.int32, device=logits.device
+    )
     active, sequences = plan_sequences(
         tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
     )
@@ -259,9 +291,12 @@ def sequence_stats(
     return out, sequences
 
 
-def new_counters(settings: Settings, device: torch.device, sequences: int = 0) -> torch.Tensor:
-    """Zeros: active rows, arrivals at each row that is split, arrivals at each sequence."""
-    return torch.zeros(1 + split_below(settings, device) + sequences, dtype=torch.int32, device=device)
+def counter_count(settings: Settings, device: torch.device) -> int:
+    """Counters of a launch: active rows, the next row to take, arrivals at each row that is split.
+
+    Those of arrivals at each sequence follow.
+    """
+    return 2 + split_below(settings, device)
 
 
 def split_below(settings: Settings, device: torch.device) -> int:
@@ -269,9 +304,25 @@ def split_below(settings: Settings, device: torch.device) -> int:
     return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
 
 
-def _empty_stats(logits: torch.Tensor, targets: torch.Tensor) -> RowStats:
+def _empty_stats(logits: torch.Tensor, targets: torch.Tensor, for_backward: bool = True) -> RowStats:
     first = torch.empty(targets.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
-    return RowStats(first, torch.empty_like(first), torch.empty_like(first), torch.empty_like(first))
+    more = [torch.empty_like(first) if wanted else None for wanted in (True, for_backward, for_backward)]
+    return RowStats(first, *more)
+
+
+def _stream(logits: torch.Tensor, block: int) -> tuple[Any, int]:
+    """The logits' memory as one row of elements that the tensor memory accelerator reads, and where they start in it.
+
+    It copies from any element on, so rows that start anywhere still arrive in blocks. (None, 0) where its 32-bit
+    coordinates do not reach: rows are then read element by element.
+    """
+    outer, inner, vocab = logits.shape
+    span = (outer - 1) * logits.stride(0) + (inner - 1) * logits.stride(1) + vocab
+    lead = logits.data_ptr() % 16 // logits.element_size()
+    if lead > logits.storage_offset() or span + lead > STREAM_REACH or min(logits.stride()[:2]) < 0:
+        return None, 0
+    memory = logits.as_strided((lead + span,), (1,), logits.storage_offset() - lead)
+    return TensorDescriptor(memory, [lead + span], [1], [block]), lead
 
 
 def _launch(
@@ -288,7 +339,10 @@ def _launch(
     _, inner, vocab = logits.shape
     rows = targets.numel()
     device = logits.device
-    width = vector_width(logits)
+    aligned = vector_width(logits)
+    width = 16 // logits.element_size() if settings.stream else aligned
+    unroll = settings.unroll * (16 // logits.element_size()) // width
+    stream, lead = _stream(logits, unroll * settings.lanes * width) if settings.stream else (None, 0)
     few = split_below(settings, device)
     segments = settings.segments
     partials = None
@@ -297,7 +351,8 @@ def _launch(
         # split or not, the kernel is the same one, and so are the types of what it is given
         partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=out.logprob.dtype, device=device)
         if active is None:
-            counters = new_counters(settings, device) if rows < few else out.peak.view(torch.int32)
+            split = rows < few
+            counters = (torch.zeros if split else torch.empty)(2 + few, dtype=torch.int32, device=device)
     if active is None:
         # the hardware hands out the rows
         programs = rows * (segments if rows < few else 1)
@@ -325,20 +380,23 @@ def _launch(
             logits.stride(1),
             few,
             0 if sequences is None else logits.shape[0],
+            lead,
         ),
         (transform.factor, transform.squeeze or 0.0),
         {
             "ACC": TRITON_DTYPE[out.logprob.dtype],
             "SOFTCAP": transform.softcap is not None,
+            "ALIGNED": width == aligned,
             "EVEN": vocab % width == 0,
             "SEQUENCES": sequences is not None,
             "INCLUDE_EOS": include_eos,
             "SEGMENTS": segments,
-            "UNROLL": settings.unroll * (16 // logits.element_size()) // width,
+            "UNROLL": unroll,
             "LANES": settings.lanes,
             "WIDTH": width,
             "STAGES": settings.stages,
         },
+        descriptors=(stream,),
         num_warps=settings.warps,
         **registers(settings.registers, device),
     )

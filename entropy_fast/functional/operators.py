@@ -16,6 +16,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from entropy_fast.functional.validation import check_prompt_lens, check_target_range
 from entropy_fast.reference import rows as reference
@@ -143,7 +144,7 @@ def _as_rows(logits: torch.Tensor) -> torch.Tensor:
     return logits.reshape(-1, *logits.shape[-2:])
 
 
-def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap):
+def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward=True):
     from entropy_fast.kernels.rows import row_stats
 
     return row_stats(
@@ -152,6 +153,7 @@ def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap):
         None if mask is None else mask.contiguous(),
         bias,
         _transform(temperature, scale, softcap),
+        for_backward=for_backward,
     )
 
 
@@ -215,6 +217,21 @@ LIBRARY.impl("row_stats", _row_stats_triton, "CUDA")
 LIBRARY.impl("row_stats_backward", _row_stats_backward_triton, "CUDA")
 LIBRARY.impl("row_stats_backward_", _row_stats_backward_in_place_triton, "CUDA")
 LIBRARY.impl("sequence_stats", _sequence_stats_triton, "CUDA")
+
+
+# Calls
+
+
+def row_stats(logits: torch.Tensor, *rest: Any, for_backward: bool = True) -> tuple[torch.Tensor | None, ...]:
+    """The operator; without `for_backward`, peak and log_sum may be None.
+
+    Where nothing looks at operators (no compiler, no tracing, no tensor subclass) a GPU's kernels are called outright:
+    the dispatcher costs the host as much as a small kernel runs.
+    """
+    plain = logits.is_cuda and not torch.compiler.is_compiling() and type(logits) is torch.Tensor
+    if plain and not (is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack()):
+        return _row_stats_triton(logits, *rest, for_backward=for_backward)
+    return torch.ops.entropy_fast.row_stats.default(logits, *rest)
 
 
 # Shapes for torch.compile

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entropy_fast.errors import InputError
-from entropy_fast.functional import operators  # noqa: F401  (defines the operators)
+from entropy_fast.functional import operators
 from entropy_fast.functional import validation as check
 from entropy_fast.functional.types import TokenStats
 
@@ -64,8 +64,8 @@ def token_stats(
     check.check_devices(logits.device, "logits", targets=targets, mask=mask, bias=bias)
     heat = as_tensor(temperature)
     if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
-        logprob, entropy, peak, log_sum = torch.ops.entropy_fast.row_stats(
-            logits, targets, mask, bias, heat, scale, softcap
+        logprob, entropy, peak, log_sum = operators.row_stats(
+            logits, targets, mask, bias, heat, scale, softcap, for_backward=return_lse
         )
         return TokenStats(logprob, entropy, _lse(peak, log_sum, heat, scale, softcap) if return_lse else None)
     if inplace_backward:
@@ -96,7 +96,7 @@ def _lse(
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, targets, mask, bias, temperature, scale, softcap, return_lse, in_place):
-        stats = torch.ops.entropy_fast.row_stats(logits, targets, mask, bias, temperature, scale, softcap)
+        stats = operators.row_stats(logits, targets, mask, bias, temperature, scale, softcap)
         ctx.save_for_backward(logits, targets, mask, bias, temperature, *stats)
         ctx.set_materialize_grads(False)
         ctx.options = (scale, softcap)
@@ -126,10 +126,10 @@ class _TokenStats(torch.autograd.Function):
 def logits_gradient(ctx: Any, logits: torch.Tensor, *rest: Any, needs_bias: bool) -> tuple[torch.Tensor, Any]:
     """(gradient of the logits, of the bias or None); `rest` follows the operator's schema."""
     if ctx.in_place:
-        d_bias = torch.ops.entropy_fast.row_stats_backward_(logits, *rest, needs_bias)
+        d_bias = torch.ops.entropy_fast.row_stats_backward_.default(logits, *rest, needs_bias)
         torch.autograd.graph.increment_version(logits)
         return logits, d_bias if needs_bias else None
-    d_logits, d_bias = torch.ops.entropy_fast.row_stats_backward(logits, *rest, needs_bias)
+    d_logits, d_bias = torch.ops.entropy_fast.row_stats_backward.default(logits, *rest, needs_bias)
     return d_logits, d_bias if needs_bias else None
 
 
