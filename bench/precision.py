@@ -140,9 +140,9 @@ def main() -> None:
     gpu = DEVICE == "cuda"
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--shapes", nargs="+", default=["qwen2.5-1.5b" if gpu else "small"], choices=list(SHAPES))
-    parser.add_argument("--sequences", type=int, default=64 if gpu else 3, help="in bf16 and fp16")
-    parser.add_argument("--float32-sequences", type=int, default=16 if gpu else 3, help="in float32, which is slow")
-    parser.add_argument("--token-budget", type=int, default=8192 if gpu else 512, help="of a microbatch")
+    parser.add_argument("--sequences", type=int, default=64 if gpu else 4, help="in bf16 and fp16")
+    parser.add_argument("--float32-sequences", type=int, default=16 if gpu else 4, help="in float32, which is slow")
+    parser.add_argument("--token-budget", type=int, default=8192 if gpu else 1024, help="of a microbatch")
     options = parser.parse_args()
     rows = []
     for name in options.shapes:
