@@ -303,8 +303,9 @@ def test_exact_forms_near_zero():
 
 TARGETS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90]
-COMPILATIONS += [(("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32") for everything in (False, True)]
-COMPILATIONS += [(("cuda", 90), "*fp64", False)]
+COMPILATIONS += [
+    (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32", "*fp64") for everything in (False, True)
+]
 SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences", "lead")
 SCALARS = dict.fromkeys(
     (*SCALARS, "out_outer", "out_inner", "pieces", "positions", "counters", "columns", "eos_count"), "i32"
@@ -387,8 +388,8 @@ def _forward_constants(target, logits_type, vocab, sequences=False, softcap=Fals
 def test_forward_compiles_without_spills(target, logits_type, everything, tmp_path):
     from entropy_fast.kernels.rows import row_stats_kernel
 
-    for vocab in (32000, 128256) if target == ("cuda", 90) else (128256,):
-        for aligned in (True, False):
+    for vocab in (1000, 32000, 128256) if target == ("cuda", 90) else (128256,):
+        for aligned in (True,) if vocab == 1000 else (True, False):
             constants, settings = _forward_constants(
                 target, logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
             )
@@ -396,8 +397,10 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
             if settings.registers and target[0] == "cuda":
                 options["maxnreg"] = settings.registers
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **options)
-            if target == ("cuda", 90) and logits_type != "*fp64" and not everything:
-                assert _stack_bytes(compiled, tmp_path) == 0, (vocab, aligned)
+            if target == ("cuda", 90):
+                # known: one warp sums a sequence's blocks of 1024, and float64 does not fit in the limit on registers
+                spills = everything and (vocab == 1000 or (settings.registers is not None and logits_type == "*fp64"))
+                assert (_stack_bytes(compiled, tmp_path) > 0) == spills, (vocab, aligned)
             if target[0] == "cuda" and aligned:
                 assert re.search(
                     r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
