@@ -85,13 +85,13 @@ def _tile_shape(device: torch.device) -> tuple[int, int]:
     return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
-def _tile_for(rows: int, weight: torch.Tensor, filtered: bool) -> tuple[int, int]:
+def _tile_for(rows: int, weight: torch.Tensor, filtered: bool, slab_copies: bool = False) -> tuple[int, int]:
     """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own.
 
-    A slab of the head that has to be widened is a copy, which sets a second bound.
+    What is as large as a slab of the head, a widened one or its gradient (`slab_copies`), sets a second bound.
     """
     tile_rows, tile_columns = _tile_shape(weight.device)
-    most = tile_rows if arithmetic_dtype(weight.dtype) == weight.dtype else 32
+    most = 32 if slab_copies or arithmetic_dtype(weight.dtype) != weight.dtype else tile_rows
     widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), most))
     return tile_rows, widening * tile_columns
 
@@ -221,7 +221,7 @@ def linear_backward(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_for(rows, weight, kept is not None)
+    tile_rows, tile_columns = _tile_for(rows, weight, kept is not None, needs[1])
     x = hidden.to(dtype)
     d_hidden = torch.zeros_like(x) if needs[0] else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
