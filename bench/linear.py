@@ -3,13 +3,14 @@
     python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen] [--impls NAME ...]
                            [--dtype bfloat16] [--flat-only] [--rounds 10] [--out bench/results/h100-linear.json]
 
-Every implementation of a shape is timed in turn, one call each a round; medians over the rounds. The floor (`impl`
-"gemm") is cuBLAS writing logits in the inputs' dtype and nothing else: one GEMM for the forward, four for forward and
-backward, three with a frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read"
-is one plain read of the head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of
-this project is an implementation. Errors are against float64, over the first rows. Peers that are not installed are
-left out; one that fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The
-result is written after every shape.
+Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
+other, so that the GPU is as busy as in training; medians over the rounds. The floor (`impl` "gemm") is cuBLAS writing
+logits in the inputs' dtype and nothing else: one GEMM for the forward, four for forward and backward, three with a
+frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read" is one plain read of the
+head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of this project is an
+implementation. Errors are against float64, over the first rows. Peers that are not installed are left out; one that
+fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The result is written after
+every shape.
 """
 
 from __future__ import annotations

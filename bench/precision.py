@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from bench.harness import _commit, _versions
+from bench.harness import commit, versions
 from bench.score import DEVICE, PACKAGES, SHAPES, rollouts
 from entropy_fast import Rollouts, score
 from entropy_fast.errors import InputError
@@ -155,9 +155,9 @@ def main() -> None:
         return
     result = {
         "command": " ".join(["python -m bench precision", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "gpu": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
-        "versions": _versions(PACKAGES),
+        "versions": versions(PACKAGES),
         "rows": rows,
     }
     with atomic_text(options.out) as file:

@@ -4,7 +4,8 @@ Random weights of a real shape, rollouts of P prompts with 8 completions each, l
 `entropy_fast.score`: float32 log_softmax a microbatch at a time, as the proposal's code does it, and the transformer
 alone over exactly as many tokens as the rollouts hold, padded, unpadded, and with every prompt once; the last in one
 pass, or in several where that is faster, is the floor. The op `head` is what follows the last hidden state, beside
-float32 logits in one piece. All in one run; medians over alternating repeats; memory is the peak over the weights.
+float32 logits in one piece. All in one run, in turn, the calls of a repeat one behind the other; medians over the
+repeats, and `ms_min`, because the host can be slow and noisy; memory is the peak over the weights, of one call alone.
 `S_difference` is the largest difference of a sequence's S from that of `entropy_fast`, in nats; `share`, of the head's
 row, its part of the whole pass. TRL's functions stand beside it where TRL is installed.
 """
@@ -111,7 +112,7 @@ def trl_cases(model: torch.nn.Module, r: Rollouts) -> dict[str, Callable[[], tor
 
 
 def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Median and spread over alternating repeats, and memory."""
+    """Median and spread over alternating repeats, and the memory of one more call."""
     return {
         name: {
             "ms": statistics.median(times),
@@ -214,7 +215,7 @@ def main() -> None:
     here = [name for name in SHAPES if (name == "small") == (DEVICE == "cpu")]
     parser.add_argument("--shapes", nargs="+", default=here, choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     found = []
     for name in options.shapes:
