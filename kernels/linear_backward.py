@@ -24,7 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.linear_operands import Operand, Tiling, filter_columns, program_count, tiling_for
+from entropy_fast.kernels.launch import launch
+from entropy_fast.kernels.linear_operands import (
+    Operand,
+    Tiling,
+    filter_columns,
+    hopper_variant,
+    program_count,
+    tiling_for,
+)
 from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import Gradients, LinearStats
 from entropy_fast.reference.rows import RowGradients
@@ -246,8 +254,8 @@ class _Rows:
         return cls(hidden, Operand.of(hidden), targets, coefficients)
 
     def select(self, index: torch.Tensor) -> _Rows:
-        coefficients = RowCoefficients(*(None if t is None else t[index] for t in self.coefficients))
-        return _Rows.of(self.hidden[index], self.targets[index], coefficients)
+        coefficients = RowCoefficients(*(None if t is None else t.index_select(0, index) for t in self.coefficients))
+        return _Rows.of(self.hidden.index_select(0, index), self.targets.index_select(0, index), coefficients)
 
     def workspace(self, columns: int) -> torch.Tensor:
         """Room for one slab of dz, flat."""
@@ -275,8 +283,8 @@ def _add_rows(
     if index is None:
         _accumulate(d_hidden, products)
     else:
-        share = torch.zeros(len(index), d_hidden.shape[1], dtype=torch.float32, device=d_hidden.device)
-        _accumulate(share, products)
+        share = torch.empty(len(index), d_hidden.shape[1], dtype=torch.float32, device=d_hidden.device)
+        _accumulate(share, products, fresh=True)
         # no row comes twice, so the order of additions is fixed
         d_hidden.index_add_(0, index, share)
 
@@ -301,39 +309,24 @@ def _slab_dlogits(
     programs = min(program_count(workspace.device), n_units)
     per_row = (part.targets - start, *part.coefficients)
     scalars = (transform.factor, transform.squeeze or 1.0)
-    options = {
-        "BM": tiling.BM,
-        "BN": tiling.BN,
-        "BK": tiling.BK,
-        "GROUP": tiling.GROUP,
-        "PROGRAMS": programs,
-        "PARTS": x.parts,
-        "HAS_BIAS": bias is not None,
-        "SOFTCAP": transform.softcap is not None,
-        "HAS_ENTROPY": part.coefficients.slope is not None,
-    }
+    softcap, has_entropy = transform.softcap is not None, part.coefficients.slope is not None
     if tiling.specialized and x.tma and w.tma:
         from entropy_fast.kernels.linear_hopper import tiles_kernel
 
-        tiles_kernel[(programs,)](
-            x.gluon_source(tiling.BM, tiling.BK),
-            w.gluon_source(tiling.BN, tiling.BK),
-            dz.gluon_source(tiling.BM // 2, tiling.BN),
-            x.scale,
-            w.scale,
-            bias,
-            *per_row,
-            rows,
-            columns,
-            x.width,
-            n_units,
-            *scalars,
+        target, *coefficients = per_row
+        launch(
+            tiles_kernel,
+            programs,
+            (target, x.scale, w.scale, bias, *coefficients),
+            (rows, columns, x.width, n_units),
+            scalars,
             # a tile of dz takes the fourth buffer's place in shared memory
-            STAGES=3,
-            RUN=tiling.run,
-            BACKWARD=True,
-            num_warps=4,
-            **options,
+            hopper_variant(tiling, programs, 3, x.parts, bias is not None, softcap, has_entropy, True),
+            descriptors=(
+                x.gluon_source(tiling.BM, tiling.BK),
+                w.gluon_source(tiling.BN, tiling.BK),
+                dz.gluon_source(tiling.BM // 2, tiling.BN),
+            ),
         )
     else:
         tma = tiling.tma and x.tma and w.tma
@@ -357,7 +350,15 @@ def _slab_dlogits(
             num_warps=tiling.num_warps,
             # a tile of dz takes the third buffer's place in shared memory
             num_stages=2,
-            **options,
+            BM=tiling.BM,
+            BN=tiling.BN,
+            BK=tiling.BK,
+            GROUP=tiling.GROUP,
+            PROGRAMS=programs,
+            PARTS=x.parts,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap,
+            HAS_ENTROPY=has_entropy,
         )
     high = dz.data[:, :columns]
     return [high, dz.data[:, padded : padded + columns]] if x.parts else [high]
@@ -389,11 +390,14 @@ def _products(
     return [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
 
 
-def _accumulate(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """out += Σ a @ b in float32."""
-    for a, b in products:
+def _accumulate(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]], *, fresh: bool = False) -> None:
+    """out += Σ a @ b in float32; a `fresh` out holds nothing yet."""
+    for i, (a, b) in enumerate(products):
+        first = fresh and i == 0
         if out.device.type == "cpu":
-            out.addmm_(a.float(), b.float())
+            out.addmm_(a.float(), b.float(), beta=0 if first else 1)
+        elif first:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
@@ -406,8 +410,7 @@ def _write_products(
         torch.mm(*products[0], out=out)
         return
     total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    total.zero_()
-    _accumulate(total, products)
+    _accumulate(total, products, fresh=True)
     if gain is not None:
         total.div_(gain)
     if total is not out:

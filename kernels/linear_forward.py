@@ -12,11 +12,22 @@ the number of rows.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.linear_operands import Operand, Tiling, filter_columns, program_count, slabs, tiling_for
+from entropy_fast.kernels.launch import Variant, launch
+from entropy_fast.kernels.linear_operands import (
+    Operand,
+    Tiling,
+    filter_columns,
+    hopper_variant,
+    program_count,
+    slabs,
+    tiling_for,
+)
 from entropy_fast.kernels.linear_tiles import LN2, LOWEST, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
@@ -82,7 +93,7 @@ def linear_stats_kernel(
         tl.store(out + 2 * N, tl.sum(p * d, 1), mask=live)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "V", "n_tiles"])
 def merge_kernel(
     tiles_ptr,
     target_ptr,
@@ -162,6 +173,21 @@ def tile_partials(
         out = tiles[slab.start // tiling.BN :]
         local_bias = None if bias is None else bias[slab]
         local_targets = targets - slab.start if slab.start else targets
+        scalars = (transform.factor, transform.squeeze or 1.0)
+        softcap = transform.softcap is not None
+        if tiling.specialized and x.tma and w.tma:
+            from entropy_fast.kernels.linear_hopper import tiles_kernel
+
+            launch(
+                tiles_kernel,
+                programs,
+                (out, local_targets, x.scale, w.scale, local_bias, *(None,) * 4),
+                (rows, columns, x.width, n_units),
+                scalars,
+                hopper_variant(tiling, programs, tiling.num_stages, x.parts, bias is not None, softcap, False, False),
+                descriptors=(x.gluon_source(tiling.BM, tiling.BK), w.gluon_source(tiling.BN, tiling.BK)),
+            )
+            continue
         options = {
             "BM": tiling.BM,
             "BN": tiling.BN,
@@ -170,34 +196,8 @@ def tile_partials(
             "PROGRAMS": programs,
             "PARTS": x.parts,
             "HAS_BIAS": bias is not None,
-            "SOFTCAP": transform.softcap is not None,
+            "SOFTCAP": softcap,
         }
-        scalars = (transform.factor, transform.squeeze or 1.0)
-        if tiling.specialized and x.tma and w.tma:
-            from entropy_fast.kernels.linear_hopper import tiles_kernel
-
-            tiles_kernel[(programs,)](
-                x.gluon_source(tiling.BM, tiling.BK),
-                w.gluon_source(tiling.BN, tiling.BK),
-                out,
-                x.scale,
-                w.scale,
-                local_bias,
-                local_targets,
-                *(None,) * 4,
-                rows,
-                columns,
-                x.width,
-                n_units,
-                *scalars,
-                STAGES=tiling.num_stages,
-                RUN=tiling.run,
-                HAS_ENTROPY=False,
-                BACKWARD=False,
-                num_warps=4,
-                **options,
-            )
-            continue
         tma = tiling.tma and x.tma and w.tma
         linear_stats_kernel[(programs,)](
             x.source(tiling.BM, tiling.BK, tma),
@@ -248,10 +248,20 @@ def linear_stats(
     tiling = tiling_for(rows, hidden.device, precision if hidden.dtype == torch.float32 else "fast")
     tiles = tile_partials(hidden, weight, targets, bias, transform, tiling)
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
-    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-        tiles, targets, *out, rows, vocab, tiles.shape[0], BN=tiling.BN, ROWS=MERGE_ROWS, TILES=MERGE_TILES, SHARD=shard
+    launch(
+        merge_kernel,
+        triton.cdiv(rows, MERGE_ROWS),
+        (tiles, targets, *out),
+        (rows, vocab, tiles.shape[0]),
+        (),
+        _merge(tiling.BN, shard),
     )
     return out, _slab_lse(tiles, filter_columns(hidden.device) // tiling.BN) if filtered else None
+
+
+@cache
+def _merge(columns: int, shard: bool) -> Variant:
+    return Variant({"BN": columns, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES, "SHARD": shard})
 
 
 def _slab_lse(tiles: torch.Tensor, per_slab: int) -> torch.Tensor:

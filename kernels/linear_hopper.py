@@ -234,15 +234,15 @@ def _worker(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["N", "n_units"])
+@gluon.jit(do_not_specialize=["N", "C", "K", "n_units"])
 def tiles_kernel(
     hidden,
     weight,
     out,
+    target_ptr,
     row_scale_ptr,
     col_scale_ptr,
     bias_ptr,
-    target_ptr,
     lse_ptr,
     constant_ptr,
     slope_ptr,

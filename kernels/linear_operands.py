@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from entropy_fast.kernels.launch import Variant
+
 SPLIT_BLOCK = 1024
 # Vocabulary rows of a float32 head whose halves exist at a time.
 SPLIT_ROWS = 32768
@@ -92,6 +94,35 @@ def program_count(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def hopper_variant(
+    tiling: Tiling,
+    programs: int,
+    stages: int,
+    parts: bool,
+    has_bias: bool,
+    softcap: bool,
+    has_entropy: bool,
+    backward: bool,
+) -> Variant:
+    """Of the kernel of `linear_hopper`."""
+    constants = {
+        "BM": tiling.BM,
+        "BN": tiling.BN,
+        "BK": tiling.BK,
+        "GROUP": tiling.GROUP,
+        "PROGRAMS": programs,
+        "STAGES": stages,
+        "RUN": tiling.run,
+        "PARTS": parts,
+        "HAS_BIAS": has_bias,
+        "SOFTCAP": softcap,
+        "HAS_ENTROPY": has_entropy,
+        "BACKWARD": backward,
+    }
+    return Variant(constants, num_warps=4)
+
+
 def slabs(vocab: int, tiling: Tiling, parts: bool) -> Iterator[slice]:
     """The whole vocabulary at once, or, where its rows have to be split in halves first, some of it at a time."""
     step = triton.cdiv(SPLIT_ROWS, tiling.BN) * tiling.BN if parts else vocab
@@ -142,12 +173,17 @@ class Operand:
 
     def gluon_source(self, rows: int, columns: int) -> Any:
         """The same descriptor for the Gluon kernels, which want the layout of the tile in shared memory too."""
-        from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-        dtype = gl.bfloat16 if self.data.dtype == torch.bfloat16 else gl.float16
-        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+        layout = _shared_layout(rows, columns, self.data.dtype)
         return GluonDescriptor.from_tensor(self.data, [rows, columns], layout)
+
+
+@functools.cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 @triton.jit

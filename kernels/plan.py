@@ -6,17 +6,19 @@ every row is computed by itself, and a sequence is summed in column order by who
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import launch
+from entropy_fast.kernels.launch import Variant, launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
 LIST_BLOCK = 4096
+LIST = Variant({"BLOCK": LIST_BLOCK}, num_warps=8)
 
 
 class ActiveRows(NamedTuple):
@@ -204,8 +206,7 @@ def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> Ac
         (mask, *active, *out),
         (mask.numel(), counters.numel()),
         (),
-        {"BLOCK": LIST_BLOCK},
-        num_warps=8,
+        LIST,
     )
     return active
 
@@ -260,11 +261,11 @@ def plan_sequences(
         ),
         (columns, eos_token_ids.numel()),
         (),
-        {
-            "INCLUDE_EOS": include_eos,
-            "STOP_AT_EOS": stop_at_eos,
-            "BLOCK": min(BLOCK, triton.next_power_of_2(columns)),
-        },
-        num_warps=4,
+        _plan(include_eos, stop_at_eos, min(BLOCK, triton.next_power_of_2(columns))),
     )
     return active, sequences
+
+
+@cache
+def _plan(include_eos: bool, stop_at_eos: bool, block: int) -> Variant:
+    return Variant({"INCLUDE_EOS": include_eos, "STOP_AT_EOS": stop_at_eos, "BLOCK": block}, num_warps=4)

@@ -8,8 +8,7 @@ d = w − M, in one pass with running rescaling (the online softmax):
 Bytes: the active rows once, and 16 bytes out per row.
 
 Each of LANES lanes keeps its own running sums over UNROLL × WIDTH elements a step, so the loop has no exchange between
-threads, one exp2 an element and 16-byte loads (of memory, or of what the tensor memory accelerator brought where rows
-start anywhere); lanes merge once per segment. A row is cut into segments by its
+threads, one exp2 an element and 16-byte loads; lanes merge once per segment. A row is cut into segments by its
 vocabulary alone, and segments merge in order: in the one program that holds the row or, when rows are too few to fill
 the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
 bits depend neither on the number of rows nor on its place.
@@ -17,15 +16,14 @@ bits depend neither on the number of rows nor on its place.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
-from entropy_fast.kernels.launch import launch
+from entropy_fast.kernels.launch import Variant, launch
 from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, finish_sequence, list_active, plan_sequences
 from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, registers, vector_width
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
@@ -33,9 +31,6 @@ from entropy_fast.reference.transform import Transform
 
 # The peak of an empty set: no finite float32 lies below it.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
-# Elements that the 32-bit coordinates of a stream reach.
-STREAM_REACH = 2**31 - 1
-SUM_BLOCK = tl.constexpr(BLOCK)
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -56,11 +51,8 @@ def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: t
     return x
 
 
-@triton.jit(
-    do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences", "lead"]
-)
+@triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
 def row_stats_kernel(
-    stream,
     logits_ptr,
     bias_ptr,
     targets_ptr,
@@ -81,12 +73,10 @@ def row_stats_kernel(
     stride_inner,
     split_below,
     sequences,
-    lead,
     factor: tl.float64,
     squeeze: tl.float64,
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     SEQUENCES: tl.constexpr,
     INCLUDE_EOS: tl.constexpr,
@@ -95,18 +85,19 @@ def row_stats_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
 ):
     """One program a row, or a segment of a row where rows are few; with a list, whoever is free takes the next."""
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
-    if ALIGNED:
-        # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
-        stride_outer = stride_outer // WIDTH * WIDTH
-        stride_inner = stride_inner // WIDTH * WIDTH
-        if EVEN:
-            vocab = vocab // WIDTH * WIDTH
+    # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
+    stride_outer = stride_outer // WIDTH * WIDTH
+    stride_inner = stride_inner // WIDTH * WIDTH
+    if EVEN:
+        vocab = vocab // WIDTH * WIDTH
     block_cols = (
         tl.arange(0, UNROLL)[:, None, None] * (LANES * WIDTH)
         + tl.arange(0, LANES)[None, :, None] * WIDTH
@@ -128,9 +119,7 @@ def row_stats_kernel(
         outer = row // inner
         # the token in a column is scored by the logits of the column before it
         column = row - outer * inner - SEQUENCES
-        row_start = outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
-        row_ptr = logits_ptr + row_start
-        stream_start = (row_start + lead).to(tl.int32)
+        row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
 
         # sums of the segment at hand and, where there are several, of those that are finished
         m, s, r, e = empty_sets(LANES, ACC)
@@ -138,10 +127,20 @@ def row_stats_kernel(
         first = part * per_segment
         last = tl.where(parts == 1, whole_blocks, min(first + per_segment, whole_blocks))
         left = per_segment
+        if AHEAD:
+            next_w = tl.load(
+                row_ptr + first * BLOCK + block_cols, mask=first < last, other=0.0, eviction_policy="evict_first"
+            )
         for block in tl.range(first, last, num_stages=STAGES):
             start = block * BLOCK
-            if stream is not None:
-                w = stream.load([stream_start + start]).reshape(UNROLL, LANES, WIDTH).to(ACC)
+            if AHEAD:
+                w = next_w.to(ACC)
+                next_w = tl.load(
+                    row_ptr + start + BLOCK + block_cols,
+                    mask=block + 1 < last,
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
             else:
                 w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
@@ -156,11 +155,7 @@ def row_stats_kernel(
         if holds_tail & (whole_blocks * BLOCK < vocab):
             start = whole_blocks * BLOCK
             inside = block_cols < vocab - start
-            if stream is not None:
-                # what follows the row comes with it, and is cut off below
-                w = stream.load([stream_start + start]).reshape(UNROLL, LANES, WIDTH).to(ACC)
-            else:
-                w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+            w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
             m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
@@ -291,6 +286,12 @@ def sequence_stats(
     return out, sequences
 
 
+@cache
+def split_below(settings: Settings, device: torch.device) -> int:
+    """With fewer active rows than this, programs share rows."""
+    return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
+
+
 def counter_count(settings: Settings, device: torch.device) -> int:
     """Counters of a launch: active rows, the next row to take, arrivals at each row that is split.
 
@@ -299,30 +300,10 @@ def counter_count(settings: Settings, device: torch.device) -> int:
     return 2 + split_below(settings, device)
 
 
-def split_below(settings: Settings, device: torch.device) -> int:
-    """With fewer active rows than this, programs share rows."""
-    return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
-
-
 def _empty_stats(logits: torch.Tensor, targets: torch.Tensor, for_backward: bool = True) -> RowStats:
     first = torch.empty(targets.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
     more = [torch.empty_like(first) if wanted else None for wanted in (True, for_backward, for_backward)]
     return RowStats(first, *more)
-
-
-def _stream(logits: torch.Tensor, block: int) -> tuple[Any, int]:
-    """The logits' memory as one row of elements that the tensor memory accelerator reads, and where they start in it.
-
-    It copies from any element on, so rows that start anywhere still arrive in blocks. (None, 0) where its 32-bit
-    coordinates do not reach: rows are then read element by element.
-    """
-    outer, inner, vocab = logits.shape
-    span = (outer - 1) * logits.stride(0) + (inner - 1) * logits.stride(1) + vocab
-    lead = logits.data_ptr() % 16 // logits.element_size()
-    if lead > logits.storage_offset() or span + lead > STREAM_REACH or min(logits.stride()[:2]) < 0:
-        return None, 0
-    memory = logits.as_strided((lead + span,), (1,), logits.storage_offset() - lead)
-    return TensorDescriptor(memory, [lead + span], [1], [block]), lead
 
 
 def _launch(
@@ -339,20 +320,18 @@ def _launch(
     _, inner, vocab = logits.shape
     rows = targets.numel()
     device = logits.device
-    aligned = vector_width(logits)
-    width = 16 // logits.element_size() if settings.stream else aligned
-    unroll = settings.unroll * (16 // logits.element_size()) // width
-    stream, lead = _stream(logits, unroll * settings.lanes * width) if settings.stream else (None, 0)
     few = split_below(settings, device)
     segments = settings.segments
     partials = None
     counters = None if active is None else active.counters
     if segments > 1:
         # split or not, the kernel is the same one, and so are the types of what it is given
-        partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=out.logprob.dtype, device=device)
+        partials = out.logprob
+        if active is not None or rows < few:
+            partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=partials.dtype, device=device)
         if active is None:
             split = rows < few
-            counters = (torch.zeros if split else torch.empty)(2 + few, dtype=torch.int32, device=device)
+            counters = torch.zeros(2 + few, dtype=torch.int32, device=device) if split else partials.view(torch.int32)
     if active is None:
         # the hardware hands out the rows
         programs = rows * (segments if rows < few else 1)
@@ -380,23 +359,50 @@ def _launch(
             logits.stride(1),
             few,
             0 if sequences is None else logits.shape[0],
-            lead,
         ),
         (transform.factor, transform.squeeze or 0.0),
+        _variant(
+            settings,
+            out.logprob.dtype,
+            logits.element_size(),
+            vector_width(logits),
+            vocab,
+            transform.softcap is not None,
+            sequences is not None,
+            include_eos,
+            device,
+        ),
+    )
+
+
+@cache
+def _variant(
+    settings: Settings,
+    dtype: torch.dtype,
+    itemsize: int,
+    width: int,
+    vocab: int,
+    softcap: bool,
+    sequences: bool,
+    include_eos: bool,
+    device: torch.device,
+) -> Variant:
+    return Variant(
         {
-            "ACC": TRITON_DTYPE[out.logprob.dtype],
-            "SOFTCAP": transform.softcap is not None,
-            "ALIGNED": width == aligned,
+            "ACC": TRITON_DTYPE[dtype],
+            "SOFTCAP": softcap,
             "EVEN": vocab % width == 0,
-            "SEQUENCES": sequences is not None,
+            "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
-            "SEGMENTS": segments,
-            "UNROLL": unroll,
+            "SEGMENTS": settings.segments,
+            "UNROLL": settings.unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
             "STAGES": settings.stages,
+            # what asynchronous copies do not take, the program itself loads a block ahead
+            "AHEAD": width * itemsize < 4,
+            "SUM_BLOCK": min(BLOCK, 256 * settings.warps),
         },
-        descriptors=(stream,),
         num_warps=settings.warps,
-        **registers(settings.registers, device),
+        **registers(settings.registers if itemsize < 8 else None, device),
     )

@@ -12,12 +12,14 @@ without being read.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
-from entropy_fast.kernels.launch import launch
+from entropy_fast.kernels.launch import Variant, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
@@ -183,15 +185,20 @@ def row_stats_backward(
         (out, logits, bias, targets, mask, *stats, *gradients),
         (inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces),
         (transform.factor, transform.squeeze or 0.0),
-        {
-            "ACC": TRITON_DTYPE[arithmetic_dtype(logits.dtype)],
-            "SOFTCAP": transform.softcap is not None,
-            "EVEN": vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
-            "BLOCK": settings.block,
-            "WIDTH": width,
-        },
-        num_warps=settings.warps,
+        _variant(
+            settings,
+            arithmetic_dtype(logits.dtype),
+            transform.softcap is not None,
+            vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
+            width,
+        ),
     )
+
+
+@cache
+def _variant(settings: BackwardSettings, dtype: torch.dtype, softcap: bool, even: bool, width: int) -> Variant:
+    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "BLOCK": settings.block, "WIDTH": width}
+    return Variant(constants, num_warps=settings.warps)
 
 
 def common_width(a: torch.Tensor, b: torch.Tensor) -> int:

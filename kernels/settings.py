@@ -20,7 +20,6 @@ class Settings(NamedTuple):
         resident: programs that a multiprocessor runs at once.
         split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
-        stream: rows start anywhere, and the tensor memory accelerator brings them.
     """
 
     unroll: int
@@ -31,7 +30,6 @@ class Settings(NamedTuple):
     resident: int
     split: float
     registers: int | None = None
-    stream: bool = False
 
 
 class BackwardSettings(NamedTuple):
@@ -46,13 +44,11 @@ class BackwardSettings(NamedTuple):
 FORWARD = {
     "sm90": (
         (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
-        (2**31, True, Settings(2, 128, 4, 4, 4, 6, 1.0, stream=True)),
+        (2**31, True, Settings(2, 128, 4, 1, 4, 5, 1.0, 96)),
         (65536, False, Settings(1, 128, 4, 6, 1, 16, 0)),
-        (2**31, None, Settings(2, 256, 8, 4, 4, 4, 0.75, 64)),
+        (2**31, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
     )
 }
-# Rows that start anywhere, read element by element.
-WITHOUT_TMA = Settings(2, 128, 4, 1, 4, 6, 1.0, 80)
 # `block` for 2-byte logits; wider ones take as many bytes.
 BACKWARD = {"sm90": BackwardSettings(4096, 8)}
 
@@ -80,25 +76,19 @@ def registers(most: int | None, device: torch.device) -> dict[str, int]:
 
 def forward_settings(logits: torch.Tensor) -> Settings:
     """The table's entry for these logits."""
-    vocab = logits.shape[-1]
+    return _forward_settings(logits.shape[-1], vector_width(logits) * logits.element_size() < 8)
+
+
+@cache
+def _forward_settings(vocab: int, narrow: bool) -> Settings:
     table = FORWARD.get(gpu(), FORWARD["sm90"])
-    narrow = vector_width(logits) * logits.element_size() < 8
-    settings = next(settings for most, takes, settings in table if vocab <= most and takes in (narrow, None))
-    return settings if not settings.stream or has_tma() else WITHOUT_TMA
+    return next(settings for most, takes, settings in table if vocab <= most and takes in (narrow, None))
 
 
 def backward_settings(itemsize: int) -> BackwardSettings:
     """The table's entry for logits of `itemsize` bytes."""
     settings = BACKWARD.get(gpu(), BACKWARD["sm90"])
     return BackwardSettings(settings.block * 2 // itemsize, settings.warps)
-
-
-@cache
-def has_tma() -> bool:
-    """Whether the GPU in use has a tensor memory accelerator; without a GPU, as if it had."""
-    if not torch.cuda.is_available():
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 9
 
 
 @cache

@@ -153,67 +153,6 @@ def test_strides():
         assert_close(row_stats(view, targets, None, None, _plain(), small()), reference(view, targets), 3e-6)
 
 
-@pytest.fixture
-def streams(monkeypatch):
-    """The interpreter wants blocks that start on 16 bytes, which the hardware does not."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def pointers(self, offsets):
-        place = offsets[0].data + np.arange(self.block_shape[0])
-        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
-        inside = (place >= 0) & (place < self.shape[0].data)
-        addresses = self.base.data + (itemsize * place).astype(np.uint64)
-        return interpreter.TensorHandle(addresses, self.base.dtype.scalar), interpreter.TensorHandle(inside, tl.int1)
-
-    monkeypatch.setattr(interpreter.TensorDescHandle, "materialize_pointers", pointers)
-
-
-@interpreted
-@pytest.mark.usefixtures("streams")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_that_start_anywhere_arrive_as_a_stream(dtype):
-    from entropy_fast.kernels.rows import row_stats
-    from entropy_fast.reference.transform import Transform
-
-    streamed = small()._replace(stream=True)
-    base = (3 * torch.randn(4, 5, 131)).to(dtype)
-    bias, transform = torch.randn(131), Transform(0.75, 0.5, 4.0)
-    for view in (
-        base,
-        base[:, :-1],
-        base[:, 1:],
-        base[..., 3:90],
-        base.transpose(0, 1),
-        base[::2, ::3],
-        base[-1:, -1:],
-    ):
-        targets = torch.randint(view.shape[-1], view.shape[:2])
-        for b, t in ((None, _plain()), (bias[: view.shape[-1]], transform)):
-            out = row_stats(view, targets, None, b, t, streamed)
-            assert_close(out, reference(view, targets, None, b, t), 3e-6)
-            whole = row_stats(view, targets, None, b, t, streamed._replace(split=0))
-            mask = torch.rand(view.shape[:2]) < 0.5
-            some = row_stats(view, targets, mask, b, t, streamed)
-            for a, c, m in zip(out, whole, some, strict=True):
-                assert torch.equal(a, c)
-                assert torch.equal(m, torch.where(mask, a, 0.0))
-
-
-@interpreted
-@pytest.mark.usefixtures("streams")
-def test_out_of_the_streams_reach_the_bits_are_the_same(monkeypatch):
-    from entropy_fast.kernels import rows
-
-    logits, targets = 3 * torch.randn(2, 3, 131), torch.randint(131, (2, 3))
-    settings = small()._replace(stream=True)
-    near = rows.row_stats(logits, targets, None, None, _plain(), settings)
-    monkeypatch.setattr(rows, "STREAM_REACH", 100)
-    far = rows.row_stats(logits, targets, None, None, _plain(), settings)
-    for a, b in zip(near, far, strict=True):
-        assert torch.equal(a, b)
-
-
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [(), (0.75, 0.5, 4.0)])
@@ -306,7 +245,7 @@ COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences", "lead")
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
 SCALARS = dict.fromkeys(
     (*SCALARS, "out_outer", "out_inner", "pieces", "positions", "counters", "columns", "eos_count"), "i32"
 )
@@ -324,9 +263,6 @@ def _compile(kernel, logits_type, constants, target, **options):
     from triton.compiler import ASTSource
 
     real = {"logits_ptr": logits_type, "out_ptr": logits_type}
-    if "stream" in kernel.arg_names and "stream" not in constants:
-        block = constants["UNROLL"] * constants["LANES"] * constants["WIDTH"]
-        real["stream"] = f"tensordesc<{logits_type[1:]}[{block}]>"
     names = kernel.arg_names
     signature = {
         n: "constexpr"
@@ -351,36 +287,26 @@ def _stack_bytes(compiled, tmp_path):
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-def _forward_constants(target, logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True):
-    from entropy_fast.kernels.settings import WITHOUT_TMA, forward_settings
+def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True):
+    """What the launcher would compile, and the constants with the tensors that are not there."""
+    from entropy_fast.kernels.rows import _variant
+    from entropy_fast.kernels.settings import forward_settings
 
-    bits = int(logits_type[-2:])
+    itemsize = int(logits_type[-2:]) // 8
     dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*fp64": torch.float64}[logits_type]
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
     settings = forward_settings(rows)
-    if settings.stream and target in (("cuda", 80), ("hip", "gfx942")):
-        settings = WITHOUT_TMA
-    width = 128 // bits if aligned or settings.stream else 1
-    constants = {
-        "ACC": tl.float64 if bits == 64 else tl.float32,
-        "SOFTCAP": softcap,
-        "ALIGNED": aligned or not settings.stream,
-        "EVEN": aligned,
-        "SEQUENCES": sequences,
-        "INCLUDE_EOS": True,
-        "SEGMENTS": settings.segments,
-        "UNROLL": settings.unroll * (128 // bits) // width,
-        "LANES": settings.lanes,
-        "WIDTH": width,
-        "STAGES": settings.stages,
-    }
+    arithmetic = torch.float64 if itemsize == 8 else torch.float32
+    width = 16 // itemsize if aligned else 1
+    # an odd vocabulary is what makes rows start anywhere
+    odd = vocab if aligned else vocab + 1
+    variant = _variant(settings, arithmetic, itemsize, width, odd, softcap, sequences, True, torch.device("cuda"))
     absent = [] if bias else ["bias_ptr"]
-    absent += [] if settings.stream else ["stream"]
     absent += [] if settings.segments > 1 else ["partials_ptr"]
     if not sequences:
         absent += ["active_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
-    return constants | dict.fromkeys(absent), settings
+    return variant, variant.constants | dict.fromkeys(absent)
 
 
 @compiles
@@ -390,17 +316,13 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
 
     for vocab in (1000, 32000, 128256) if target == ("cuda", 90) else (128256,):
         for aligned in (True,) if vocab == 1000 else (True, False):
-            constants, settings = _forward_constants(
-                target, logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
+            variant, constants = _forward_variant(
+                logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
             )
-            options = {"num_warps": settings.warps}
-            if settings.registers and target[0] == "cuda":
-                options["maxnreg"] = settings.registers
+            options = {k: v for k, v in variant.options.items() if k != "maxnreg" or target[0] == "cuda"}
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **options)
             if target == ("cuda", 90):
-                # known: one warp sums a sequence's blocks of 1024, and float64 does not fit in the limit on registers
-                spills = everything and (vocab == 1000 or (settings.registers is not None and logits_type == "*fp64"))
-                assert (_stack_bytes(compiled, tmp_path) > 0) == spills, (vocab, aligned)
+                assert _stack_bytes(compiled, tmp_path) == 0, (vocab, aligned)
             if target[0] == "cuda" and aligned:
                 assert re.search(
                     r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
