@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,14 @@ import torch
 
 from entropy_fast.files import atomic_text
 
+ROOT = Path(__file__).parent.parent
 # Longer than any call here takes the host to submit, in cycles of a GPU at 2 GHz: 1.5 ms.
 QUEUE_CYCLES = 3_000_000
 # Larger than any cache: writing it leaves nothing of the inputs there.
 FLUSH_BYTES = 256 * 2**20
+
+# Columns of a row for which nothing was measured.
+UNMEASURED = {"peak_bytes": None, "error_logprob": None, "error_entropy": None}
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
@@ -37,14 +44,9 @@ def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
     """
     call(), call()
     if not torch.cuda.is_available():
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return statistics.median(t for _ in range(repeats) for t in _round_ms([call]))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = []
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
@@ -99,6 +101,54 @@ def _round_ms(calls: list[Callable[[], Any]]) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairs]
 
 
+def graph_ms(calls: Sequence[Callable[[], Any]], repeats: int = 30) -> float:
+    """Median time of one of the calls on the GPU, in milliseconds, from replays of a CUDA graph of them all.
+
+    For calls so short that submitting them one by one would show. They should be on inputs of their own that together
+    are larger than the cache, so that each finds it cold.
+    """
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
+    # what a first call compiles or looks up is not for a capture
+    with torch.cuda.stream(stream):
+        for call in [*calls, *calls]:
+            call()
+    _wait()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    finally:
+        # where a call cannot be captured, the context above leaves its stream behind
+        torch.cuda.set_stream(before)
+    for _ in range(2):
+        graph.replay()
+    return statistics.median(_round_ms([graph.replay] * repeats)) / len(calls)
+
+
+def first_call_rows(shape: dict[str, int], prepare: str, call: str, **facts: Any) -> list[dict[str, Any]]:
+    """The row of what this project's call in bf16 costs where nothing was ever compiled; none off the GPU.
+
+    It runs in a process of its own with Triton's cache empty. Imports, the inputs and the start of CUDA are for
+    `prepare`; the clock runs over `call` alone, until it is done.
+    """
+    if not torch.cuda.is_available():
+        return []
+    timed = ["torch.cuda.synchronize()", "start = time.perf_counter()", call, "torch.cuda.synchronize()"]
+    code = "\n".join(["import time, torch, triton", prepare, *timed, "print(1e3 * (time.perf_counter() - start))"])
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+    if done.returncode:
+        print("the first call failed in a fresh process", file=sys.stderr)
+        return []
+    row = {"op": "first call", "impl": "entropy_fast", "shape": shape, "dtype": "bfloat16", **facts}
+    return [row | {"ms": float(done.stdout.split()[-1]), "of_floor": 1.0, **UNMEASURED}]
+
+
 def host_us(call: Callable[[], Any], repeats: int = 300) -> float:
     """What a call costs the host, in microseconds: many in a row, without waiting for the device."""
     for _ in range(10):
@@ -133,13 +183,27 @@ def read_ms(x: torch.Tensor) -> float:
     from bench.streaming import SHAPES, read
 
     words = x.view(-1)[: x.numel() // 8 * 8].view(torch.int32)
-    return min(median_ms(lambda shape=shape: read(words, *shape)) for shape in SHAPES)
+    return min(median_ms(partial(read, words, *shape)) for shape in SHAPES)
+
+
+def graph_read_ms(tensors: Sequence[torch.Tensor]) -> float:
+    """Time of one streaming read of one of the tensors, from replays of a graph of them all: as `read_ms`."""
+    from bench.streaming import SHAPES, read
+
+    words = [x.view(-1)[: x.numel() // 8 * 8].view(torch.int32) for x in tensors]
+    return min(graph_ms([partial(read, w, *shape) for w in words]) for shape in SHAPES)
 
 
 def copy_ms(x: torch.Tensor) -> float:
     """Time of one device-to-device copy of a tensor."""
     y = torch.empty_like(x)
     return median_ms(lambda: y.copy_(x))
+
+
+def float64_stats(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of logits in float64, which errors are measured against."""
+    logp = torch.log_softmax(logits.double(), -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def largest_errors(pair: Iterable[torch.Tensor | None], exact: Iterable[torch.Tensor]) -> list[float | None]:
@@ -197,12 +261,11 @@ def _wait() -> None:
 
 def commit() -> str | None:
     """The commit that was measured, with a + when files differ from it; None outside a repository."""
-    here = Path(__file__).parent.parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         status = subprocess.run(
             ["git", "status", "--porcelain", "--", "kernels", "entropy_fast", "bench/*.py"],
-            cwd=here,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

@@ -1,7 +1,8 @@
 """Hidden states and head to log-prob and entropy, against bare GEMMs and peers.
 
-    python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen] [--impls NAME ...]
-                           [--dtype bfloat16] [--flat-only] [--rounds 10] [--out bench/results/h100-linear.json]
+    python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen first]
+                           [--impls NAME ...] [--dtype bfloat16] [--flat-only] [--rounds 10]
+                           [--out bench/results/h100-linear.json]
 
 Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
 other, so that the GPU is as busy as in training; medians over the rounds. The floor (`impl` "gemm") is cuBLAS writing
@@ -9,7 +10,8 @@ logits in the inputs' dtype and nothing else: one GEMM for the forward, four for
 frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read" is one plain read of the
 head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of this project is an
 implementation. Errors are against float64, over the first rows. Peers that are not installed are left out; one that
-fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The result is written after
+fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The op "first" is what
+a user waits for the first forward, in a process of its own where nothing was ever compiled. The result is written after
 every shape.
 """
 
@@ -25,7 +27,17 @@ from typing import Any
 
 import torch
 
-from bench.harness import alternating_ms, largest_errors, peak_bytes, read_ms, show, write
+from bench.harness import (
+    UNMEASURED,
+    alternating_ms,
+    first_call_rows,
+    float64_stats,
+    largest_errors,
+    peak_bytes,
+    read_ms,
+    show,
+    write,
+)
 from bench.logits import BOTH, LOGPROB, Pair
 from bench.logits import eager as from_logits
 from entropy_fast import linear_token_stats
@@ -132,12 +144,6 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, device: str, peaked: boo
     return [hidden.to(dtype), weight.to(dtype), targets]
 
 
-def exact(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of logits in float64."""
-    logp = torch.log_softmax(logits.double(), -1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
 class Case:
     """One shape and distribution: its tensors and the rows of the result."""
 
@@ -146,7 +152,7 @@ class Case:
         self.logits = torch.empty(shape[0], shape[2], dtype=dtype, device=device)
         self.d_hidden, self.d_weight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
         checked = self.targets[:CHECKED_ROWS]
-        self.exact = exact(self.hidden[:CHECKED_ROWS].double() @ self.weight.double().t(), checked)
+        self.exact = float64_stats(self.hidden[:CHECKED_ROWS].double() @ self.weight.double().t(), checked)
         self.product = 2 * shape[0] * shape[1] * shape[2]
         self.facts = {
             "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)),
@@ -194,19 +200,33 @@ class Case:
         rows = []
         for name, ms in times.items():
             row = {"op": title, "impl": name, **self.facts, "ms": ms, "of_floor": ms / times["gemm"]}
-            row |= {"outputs": "logits" if "gemm" in name else functions[name][1], "tflops": None, "peak_bytes": None}
-            row |= {"error_logprob": None, "error_entropy": None}
+            row |= {"outputs": "logits" if "gemm" in name else functions[name][1], "tflops": None, **UNMEASURED}
             if name != "read":
                 row["tflops"] = self.product * count / ms / 1e9
                 if op == "forward":
-                    got = calls[name]()
-                    pair = exact(self.logits[:CHECKED_ROWS], self.targets[:CHECKED_ROWS]) if "gemm" in name else got
+                    pair = calls[name]()
+                    if "gemm" in name:
+                        pair = float64_stats(self.logits[:CHECKED_ROWS], self.targets[:CHECKED_ROWS])
                     row["error_logprob"], row["error_entropy"] = largest_errors(pair, self.exact)
-                    del got, pair
+                    del pair
                 if "gemm" not in name:
                     row["peak_bytes"] = peak_bytes(calls[name])
             rows.append(row)
         return rows
+
+
+def first_call() -> list[dict[str, Any]]:
+    """What the first forward costs, compiling included."""
+    prepare = """
+import entropy_fast.kernels.linear
+from entropy_fast import linear_token_stats
+h = torch.randn(128, 4096, device="cuda").bfloat16()
+w = torch.randn(128256, 4096, device="cuda").bfloat16()
+y = torch.zeros(128, dtype=torch.int64, device="cuda")
+"""
+    shape = dict(zip(("rows", "hidden", "vocab"), SHAPES["llama-3-8b, 128 rows"], strict=True))
+    facts = {"outputs": BOTH, "distribution": "", "tflops": None}
+    return first_call_rows(shape, prepare, "linear_token_stats(h, w, y)", **facts)
 
 
 def unfilled(*_: torch.Tensor) -> Pair:
@@ -229,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bf16 = [name for name in SHAPES if "float32" not in name]
     parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(SHAPES)}, or ROWSxHIDDENxVOCAB")
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--ops", nargs="+", default=[*OPS, "first"], choices=[*OPS, "first"])
     parser.add_argument("--impls", nargs="+", metavar="NAME", help="of those in the table; the floor is always there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
@@ -239,6 +259,9 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     torch.set_float32_matmul_precision("highest")
     rows: list[dict[str, Any]] = []
+    if "first" in options.ops:
+        rows += first_call()
+        show(rows)
     for name in options.shapes or (["float32 head"] if dtype == torch.float32 else bf16):
         shape = SHAPES.get(name) or tuple(int(n) for n in name.split("x"))
         # without this, from its ninth shape on, torch.compile gives up and runs eagerly
@@ -247,7 +270,7 @@ def main() -> None:
         functions = {n: f for n, f in functions.items() if options.impls is None or n in options.impls}
         for peaked in (False,) if options.flat_only else (False, True):
             case = Case(shape, dtype, "cuda" if torch.cuda.is_available() else "cpu", peaked)
-            for op in options.ops:
+            for op in (op for op in OPS if op in options.ops):
                 measured = case.measure(op, functions, options.rounds)
                 show(measured)
                 rows += measured

@@ -5,7 +5,9 @@
 All in one run. The floor of the forward is one plain read of the logits, that of the backward a copy of them. Errors
 are against float64 over the first rows; a peer that is not installed is left out, one that fails is named on stderr.
 TRL's and this project's functions give log-prob and entropy, Liger's and Quack's the log-prob alone (Liger's of
-one row less). The line `host` is what one call costs the host on a small input.
+one row less). The line `host` is what one call costs the host on a small input, `first call` what a user waits for the
+first one, in a process of its own where nothing was ever compiled. Up to 1024 rows, `forward, in a graph` is the time
+of a call in a CUDA graph, over as many inputs as no cache holds: what is left when submitting costs nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +15,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import copy_ms, host_us, largest_errors, median_ms, peak_bytes, read_ms, report
+from bench.harness import (
+    UNMEASURED,
+    copy_ms,
+    first_call_rows,
+    float64_stats,
+    graph_ms,
+    graph_read_ms,
+    host_us,
+    largest_errors,
+    median_ms,
+    peak_bytes,
+    read_ms,
+    report,
+)
 from entropy_fast import token_stats
 
 SHAPES = ["8192x32000", "8192x50257", "8192x128256", "8192x151936", "4096x256000", "1024x128256", "128x128256"]
 SHAPES += ["128x50257", "128x32000"]
 PACKAGES = ("torch", "triton", "entropy_fast", "trl", "liger-kernel", "quack-kernels", "flash-linear-attention")
 CHECKED_ROWS = 64
+# so few rows are timed in a graph too, over inputs of so many bytes together, so many at most
+GRAPH_ROWS, GRAPH_BYTES, GRAPH_INPUTS = 1024, 200e6, 16
 BOTH, LOGPROB = "logprob, entropy", "logprob"
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 Function = Callable[[torch.Tensor, torch.Tensor], Pair]
@@ -86,16 +104,14 @@ class Case:
         for part in self.logits.split(1024):
             part.copy_(3 * torch.randn(part.shape, generator=g, device=device))
         self.targets = torch.randint(vocab, (rows,), generator=g, device=device)
-        logp = torch.log_softmax(self.logits[:CHECKED_ROWS].double(), -1)
-        picked = logp.gather(1, self.targets[:CHECKED_ROWS, None])[:, 0]
-        self.exact = (picked, -(logp.exp() * logp).sum(-1))
+        self.exact = float64_stats(self.logits[:CHECKED_ROWS], self.targets[:CHECKED_ROWS])
         self.facts = {"shape": {"rows": rows, "vocab": vocab}, "dtype": str(dtype).removeprefix("torch.")}
         self.rows: list[dict[str, Any]] = []
 
     def add(self, op: str, impl: str, outputs: str, ms: float, floor: float, **measured: Any) -> None:
         """One row of the result."""
         row = {"op": op, "impl": impl, **self.facts, "outputs": outputs, "ms": ms, "of_floor": ms / floor}
-        self.rows.append(row | {"peak_bytes": None, "error_logprob": None, "error_entropy": None} | measured)
+        self.rows.append(row | UNMEASURED | measured)
 
     def forward(self, functions: dict[str, tuple[Function, str]]) -> None:
         """Time, memory and errors of the forward, and of half of it masked."""
@@ -135,6 +151,21 @@ class Case:
         if self.logits.is_cuda:
             self.add("backward, in place", "entropy_fast", BOTH, self._in_place(), floor)
 
+    @torch.no_grad()
+    def in_a_graph(self, functions: dict[str, tuple[Function, str]]) -> None:
+        """Time of the forward in a CUDA graph; a function that cannot be captured is taken out of `functions`."""
+        count = min(GRAPH_INPUTS, int(GRAPH_BYTES // self.logits.nbytes) + 1)
+        inputs = [self.logits, *(self.logits.clone() for _ in range(count - 1))]
+        floor = graph_read_ms(inputs)
+        self.add("forward, in a graph", "floor", "", floor, floor)
+        for name, (function, outputs) in list(functions.items()):
+            try:
+                ms = graph_ms([partial(function, x, self.targets) for x in inputs])
+                self.add("forward, in a graph", name, outputs, ms, floor)
+            except Exception as error:
+                print(f"{name}, in a graph: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                del functions[name]
+
     def _in_place(self) -> float:
         """The operator that writes over the logits, again and again over the same ones: its time knows no values."""
         operators = torch.ops.entropy_fast
@@ -154,9 +185,19 @@ def host_rows(device: str) -> list[dict[str, Any]]:
     floor = host_us(lambda: torch.amax(x, -1))
     calls = {"floor": floor, "entropy_fast": host_us(lambda: token_stats(x, y))}
     calls["entropy_fast, differentiable"] = host_us(lambda: token_stats(graph, y))
-    facts = {"shape": {"rows": 4, "vocab": 1024}, "dtype": "float32", "outputs": "", "peak_bytes": None}
-    facts |= {"error_logprob": None, "error_entropy": None}
+    facts = {"shape": {"rows": 4, "vocab": 1024}, "dtype": "float32", "outputs": "", **UNMEASURED}
     return [{"op": "host", "impl": n, **facts, "ms": us / 1e3, "of_floor": us / floor} for n, us in calls.items()]
+
+
+def first_call() -> list[dict[str, Any]]:
+    """What the first call costs, compiling included."""
+    prepare = """
+import entropy_fast.kernels.rows
+from entropy_fast import token_stats
+x = torch.randn(128, 128256, device="cuda").bfloat16()
+y = torch.zeros(128, dtype=torch.int64, device="cuda")
+"""
+    return first_call_rows({"rows": 128, "vocab": 128256}, prepare, "token_stats(x, y)", outputs=BOTH)
 
 
 def main() -> None:
@@ -172,16 +213,26 @@ def main() -> None:
     functions: dict[str, tuple[Function, str]] = {"entropy_fast": (ours, BOTH)}
     if not options.without_peers:
         functions |= peers()
-    rows = host_rows(device)
-    for shape in options.shapes:
+    dtype = getattr(torch, options.dtype)
+    shapes = [(int(rows), int(vocab)) for rows, vocab in (shape.split("x") for shape in options.shapes)]
+    rows = host_rows(device) + first_call()
+    for shape in shapes:
         # without this, from its ninth shape on, torch.compile gives up and runs eagerly
         torch._dynamo.reset()
-        case = Case(*(int(n) for n in shape.split("x")), getattr(torch, options.dtype), device)
+        case = Case(*shape, dtype, device)
         case.forward(functions)
         if not options.forward_only:
             case.backward(functions)
         rows += case.rows
         del case
+    # last, because a failed capture can leave a process worse than it was
+    for shape in shapes:
+        if device == "cuda" and shape[0] <= GRAPH_ROWS:
+            torch._dynamo.reset()
+            case = Case(*shape, dtype, device)
+            case.in_a_graph(functions)
+            rows += case.rows
+            del case
     report(rows, PACKAGES, options.out)
 
 

@@ -28,13 +28,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "triton", "transformers", "entropy_fast", "trl")
 BOTH, LOGPROB = "logprob, entropy", "logprob"
 PROMPT, LONGEST, GROUP = 128, 512, 8
+
+
+def rope(theta: float) -> dict[str, Any]:
+    """Rotary positions of a base."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 SHAPES = {
     "qwen2.5-1.5b": (8, lambda: tf.Qwen2Config(
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=True)),
+        num_key_value_heads=2, max_position_embeddings=32768, rope_parameters=rope(1e6), tie_word_embeddings=True)),
     "llama-3-8b": (8, lambda: tf.LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=5e5)),
+        num_key_value_heads=8, max_position_embeddings=8192, rope_parameters=rope(5e5))),
     "gemma-2-2b": (8, lambda: tf.Gemma2Config()),
     "small": (1, lambda: tf.Qwen2Config(
         vocab_size=32000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
@@ -52,7 +59,7 @@ def rollouts(prompts: int, vocab: int) -> Rollouts:
     return Rollouts.from_lists(heads, [t[:k] for t, k in zip(tails, lengths.tolist(), strict=True)])
 
 
-def proposal(model: torch.nn.Module, r: Rollouts, size: int) -> torch.Tensor:
+def proposal(model: tf.PreTrainedModel, r: Rollouts, size: int) -> torch.Tensor:
     """S by float32 log_softmax over the whole vocabulary, `size` sequences at a time."""
     sums = []
     for i in range(0, len(r), size):
@@ -63,7 +70,7 @@ def proposal(model: torch.nn.Module, r: Rollouts, size: int) -> torch.Tensor:
     return torch.cat(sums)
 
 
-def dense(model: torch.nn.Module, tokens: int, *, per_pass: int = 8192, width: int = 640) -> None:
+def dense(model: tf.PreTrainedModel, tokens: int, *, per_pass: int = 8192, width: int = 640) -> None:
     """The transformer alone over `tokens` tokens in full rows, nothing padded."""
     while tokens > 0:
         rows = max(1, min(tokens, per_pass) // width)
@@ -72,7 +79,7 @@ def dense(model: torch.nn.Module, tokens: int, *, per_pass: int = 8192, width: i
         tokens -= ids.numel()
 
 
-def trl_cases(model: torch.nn.Module, r: Rollouts) -> dict[str, Callable[[], torch.Tensor]]:
+def trl_cases(model: tf.PreTrainedModel, r: Rollouts) -> dict[str, Callable[[], torch.Tensor]]:
     """S by TRL's functions as it runs them, 8 right-padded sequences at a time in the order given; none without TRL."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
     head, config = model.get_output_embeddings(), model.config
@@ -192,7 +199,7 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def head_rows(model: torch.nn.Module, tokens: int, repeats: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def head_rows(model: tf.PreTrainedModel, tokens: int, repeats: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """What follows the last hidden state, for as many tokens as were generated."""
     weight = model.get_output_embeddings().weight
     hidden = torch.randn(tokens, weight.shape[1], device=DEVICE).to(weight.dtype)

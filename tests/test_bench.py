@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 COLUMNS = {"op", "impl", "shape", "dtype", "outputs", "ms", "of_floor", "peak_bytes", "error_logprob", "error_entropy"}
 
@@ -82,3 +84,35 @@ def test_an_unknown_benchmark_lists_the_known_ones():
     run = bench("logit")
     assert run.returncode == 2
     assert "logits" in run.stdout
+
+
+def test_on_a_gpu_a_round_is_queued_without_waiting_between_its_calls(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.harness import alternating_ms
+
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = len(done)
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    for name, fake in {
+        "is_available": lambda: True,
+        "Event": Event,
+        "_sleep": lambda cycles: done.append("head"),
+        "synchronize": lambda: done.append("wait"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def fails():
+        raise ValueError("planted")
+
+    times = alternating_ms({"a": lambda: done.append("a"), "fails": fails, "b": lambda: done.append("b")}, 2)
+    assert done == ["a", "wait", "b", "wait", *["head", "a", "b", "wait"] * 2]
+    assert times == {"a": [1, 1], "b": [1, 1]}
