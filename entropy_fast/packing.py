@@ -26,7 +26,6 @@ from entropy_fast.microbatch import Segments
 NAME = "entropy_fast_packed"
 
 
-
 class _Row(NamedTuple):
     """The row at hand, and by the id of each of the model's configurations the attention that it names itself."""
 
@@ -75,6 +74,18 @@ def static_obstacle(model: nn.Module) -> str:
         if getattr(config, "attention_chunk_size", None):
             return "it attends in chunks"
     return ""
+
+
+def dropped_softcap(model: nn.Module) -> float | None:
+    """The softcap that a model's configuration has for its attention, where SDPA computes that and leaves it out.
+
+    Some releases of transformers do so without a word; others refuse, and never run such a model.
+    """
+    for config in _attention_configs(model):
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        if softcap is not None and config._attn_implementation_internal == "sdpa":
+            return float(softcap)
+    return None
 
 
 def _attention_configs(model: nn.Module) -> list[Any]:

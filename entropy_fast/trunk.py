@@ -10,6 +10,7 @@ causal. In the precision of the scoring itself, the packed pass must come as nea
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.errors import InputError
+from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.heads import Head, accepts, forward_kwargs, unwrap
 from entropy_fast.layout import DenseRollouts
 from entropy_fast.microbatch import Microbatch, packed, padded
-from entropy_fast.packing import packed_attention, static_obstacle
+from entropy_fast.packing import dropped_softcap, packed_attention, static_obstacle
 from entropy_fast.precision import evaluation_mode, model_precision
 
 Scope = Callable[[], contextlib.AbstractContextManager[None]]
@@ -100,6 +101,8 @@ class Trunk:
     ) -> Fitness:
         """Try the layouts on some of the sequences, unless that is known already.
 
+        The model ran before, for its head. Where SDPA let it do so without its softcap, one warning says so.
+
         Args:
             dense: what is to be scored.
             device: where the model's inputs go.
@@ -117,6 +120,16 @@ class Trunk:
         key = (self.head.mode, attention, setting)
         if key in known and known[key][0] >= longest:
             return known[key][1]
+        softcap = dropped_softcap(self._base)
+        if softcap is not None and self._base not in _WARNED:
+            _WARNED.add(self._base)
+            warnings.warn(
+                f"{type(self._base).__name__}: SDPA leaves out the softcap of its attention (attn_logit_softcapping="
+                f"{softcap}): its log-probs are not those of the model as it was trained; load it with "
+                "attn_implementation='eager'",
+                EntropyFastWarning,
+                stacklevel=5,
+            )
         obstacle = self._static_obstacle()
         fitness: Fitness | None = None
         with torch.no_grad(), evaluation_mode(self._base):
@@ -203,6 +216,8 @@ class Trunk:
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, Fitness]]] = weakref.WeakKeyDictionary()
+# Models whose missing softcap the user knows of.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _has_experts(model: nn.Module) -> bool:

@@ -78,6 +78,45 @@ def test_a_softcap_and_a_sink_enter_the_softmax():
             torch.testing.assert_close(out[0, i, head], weights @ v[0, head, : i + 1])
 
 
+def softcapped(attention):
+    """Gemma 2 with attention that its softcap changes."""
+    model = tiny("gemma2", dtype=torch.float64, attn_logit_softcapping=0.5)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data *= 30
+    # the setter of a release that refuses SDPA for it would not let this through
+    model.config._attn_implementation_internal = attention
+    return model
+
+
+def test_a_softcap_that_sdpa_drops_is_dropped_when_packed_and_one_warning_says_so(monkeypatch):
+    own = tf.AttentionInterface._global_mapping["sdpa"]
+
+    def dropping(*arguments, softcap=None, **options):
+        """SDPA as in releases that do not refuse a softcap."""
+        return own(*arguments, **options)
+
+    monkeypatch.setitem(tf.AttentionInterface._global_mapping, "sdpa", dropping)
+    r, model, eager = grouped(), softcapped("sdpa"), softcapped("eager")
+    with pytest.warns(EntropyFastWarning, match=r"SDPA leaves out .*\(attn_logit_softcapping=0\.5\).*'eager'") as said:
+        plain = score(model, r, packing=False)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EntropyFastWarning)
+        row = score(model, r, packing=True)
+        longer = score(model, grouped(longest=60), packing=True)
+        trained = score(eager, r, packing=True)
+        padded = score(eager, r, packing=False)
+    assert row.layout.packed
+    assert longer.layout.packed
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(row.S, plain.S, rtol=1e-11, atol=1e-11)
+    # transformers' eager softmax is in float32 whatever the model is in
+    torch.testing.assert_close(trained.S, padded.S, rtol=0, atol=1e-4)
+    assert (trained.S - row.S).abs().max() > 1e-2
+
+
 def test_a_prompt_stands_once_in_its_row():
     r = Rollouts.from_lists([[5, 6, 7]] * 3 + [[8, 9]], [[20, 21, 2], [30, 31], [40], [50, 51]])
     dense = DenseRollouts.pack(r, Scorer(tiny("llama"), r, Scoring()).masks)
