@@ -66,8 +66,8 @@ def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str
     keep the card busy, and with pauses between calls it cools and clocks up, so that what is measured is not what is
     met under sustained work (the same two kernels: 1.03 of each other in a row, 1.14 with pauses). In turn, so that
     all share the device's temperature and clock. A short wait of the device heads each round, during which the host
-    gets ahead: what submitting costs enters only for calls that make the host wait, and where the host is slower than
-    the device for a whole round.
+    gets ahead: what submitting costs enters only where a call waits for the device, for it and the next one, or where
+    the host is slower than the device for long.
     """
     times: dict[str, list[float]] = {}
     for name, call in calls.items():
