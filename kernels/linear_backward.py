@@ -211,10 +211,9 @@ def linear_backward(
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
     columns = slab_columns(total, vocab, tiling) if kept is None else filter_columns(device)
     workspace = rows.workspace(columns)
-    for start, index in zip(range(0, vocab, columns), _rows_of_slabs(kept), strict=False):
+    for start, (index, part) in zip(range(0, vocab, columns), _rows_of_slabs(rows, kept), strict=False):
         slab = slice(start, min(start + columns, vocab))
-        part = rows if index is None else rows.select(index)
-        if len(part.targets) == 0:
+        if part is None:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
                     gradient[slab] = 0
@@ -253,10 +252,6 @@ class _Rows:
     def of(cls, hidden: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients) -> _Rows:
         return cls(hidden, Operand.of(hidden), targets, coefficients)
 
-    def select(self, index: torch.Tensor) -> _Rows:
-        coefficients = RowCoefficients(*(None if t is None else t.index_select(0, index) for t in self.coefficients))
-        return _Rows.of(self.hidden.index_select(0, index), self.targets.index_select(0, index), coefficients)
-
     def workspace(self, columns: int) -> torch.Tensor:
         """Room for one slab of dz, flat."""
         dtype = torch.bfloat16 if self.operand.parts else self.hidden.dtype
@@ -267,13 +262,23 @@ class _Rows:
         return columns * (2 if self.operand.parts else 1) + PITCH
 
 
-def _rows_of_slabs(kept: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
-    """The rows that each slab needs; None for all."""
+def _rows_of_slabs(rows: _Rows, kept: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, _Rows | None]]:
+    """The rows that each slab needs, and where they are among all; (None, all) for all, (index, None) for none."""
     if kept is None:
-        yield from itertools.repeat(None)
-    else:
-        counts = kept.sum(1).tolist()
-        yield from kept.nonzero()[:, 1].split(counts)
+        yield from itertools.repeat((None, rows))
+        return
+    # whatever is small is gathered for all slabs at once: the host has to keep ahead of the device
+    counts = kept.sum(1).tolist()
+    index = kept.nonzero()[:, 1]
+    numbers = [
+        [None] * len(counts) if t is None else t.index_select(0, index).split(counts)
+        for t in (rows.targets, *rows.coefficients)
+    ]
+    for slab, targets, *coefficients in zip(index.split(counts), *numbers, strict=True):
+        if len(slab) == 0:
+            yield slab, None
+        else:
+            yield slab, _Rows.of(rows.hidden.index_select(0, slab), targets, RowCoefficients(*coefficients))
 
 
 def _add_rows(

@@ -301,7 +301,8 @@ def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=Fa
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
-    variant = _variant(settings, arithmetic, itemsize, width, odd, softcap, sequences, True, torch.device("cuda"))
+    flags = (bias, softcap, sequences, True)
+    variant = _variant(settings, arithmetic, itemsize, width, odd, *flags, torch.device("cuda"))
     absent = [] if bias else ["bias_ptr"]
     absent += [] if settings.segments > 1 else ["partials_ptr"]
     if not sequences:

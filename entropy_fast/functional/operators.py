@@ -222,7 +222,17 @@ LIBRARY.impl("sequence_stats", _sequence_stats_triton, "CUDA")
 # Calls
 
 
-def row_stats(logits: torch.Tensor, *rest: Any, for_backward: bool = True) -> tuple[torch.Tensor | None, ...]:
+def row_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    for_backward: bool = True,
+) -> tuple[Any, ...]:
     """The operator; without `for_backward`, peak and log_sum may be None.
 
     Where nothing looks at operators (no compiler, no tracing, no tensor subclass) a GPU's kernels are called outright:
@@ -230,8 +240,8 @@ def row_stats(logits: torch.Tensor, *rest: Any, for_backward: bool = True) -> tu
     """
     plain = logits.is_cuda and not torch.compiler.is_compiling() and type(logits) is torch.Tensor
     if plain and not (is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack()):
-        return _row_stats_triton(logits, *rest, for_backward=for_backward)
-    return torch.ops.entropy_fast.row_stats.default(logits, *rest)
+        return _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
+    return torch.ops.entropy_fast.row_stats.default(logits, targets, mask, bias, temperature, scale, softcap)
 
 
 # Shapes for torch.compile
