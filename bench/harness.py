@@ -101,6 +101,27 @@ def _round_ms(calls: list[Callable[[], Any]]) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairs]
 
 
+def alone_ms(call: Callable[[], Any], repeats: int = 6) -> float:
+    """Milliseconds a call when it alone runs, again and again: the card settles at the clock that this load allows.
+
+    In turn with others (`alternating_ms`) a call that draws less power lends its neighbours some of its clock.
+    """
+    call()
+    _wait()
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return 1e3 * (time.perf_counter() - start) / repeats
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(repeats):
+        call()
+    last.record()
+    _wait()
+    return first.elapsed_time(last) / repeats
+
+
 def graph_ms(calls: Sequence[Callable[[], Any]], repeats: int = 30) -> float:
     """Median time of one of the calls on the GPU, in milliseconds, from replays of a CUDA graph of them all.
 
@@ -230,6 +251,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "distribution" in row:
             what += f"{row['distribution']:9}"
         rate = f"{row['tflops']:7.1f} TFLOP/s  " if row.get("tflops") else ""
+        rate += f"alone {row['ms_alone']:.4f} ms, {row['of_floor_alone']:.3f}  " if row.get("ms_alone") else ""
         least = f"(least {row['ms_min']:.4f})  " if "ms_min" in row else ""
         numbers = f"{row['ms']:10.4f} ms  {least}{100 / row['of_floor']:6.1f}% of the floor's rate  {rate}"
         print(f"{what}{numbers}{_size(row['peak_bytes']):13}{errors}".rstrip(), flush=True)

@@ -5,7 +5,8 @@
                            [--out bench/results/h100-linear.json]
 
 Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
-other, so that the GPU is as busy as in training; medians over the rounds. The floor (`impl` "gemm") is cuBLAS writing
+other, so that the GPU is as busy as in training; medians over the rounds. The floor and this project are then timed
+alone too, again and again (`ms_alone`). The floor (`impl` "gemm") is cuBLAS writing
 logits in the inputs' dtype and nothing else: one GEMM for the forward, four for forward and backward, three with a
 frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read" is one plain read of the
 head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of this project is an
@@ -29,6 +30,7 @@ import torch
 
 from bench.harness import (
     UNMEASURED,
+    alone_ms,
     alternating_ms,
     first_call_rows,
     float64_stats,
@@ -197,10 +199,13 @@ class Case:
         times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
         if "read" in functions and op == "forward":
             times["read"] = read_ms(self.weight)
+        alone = {name: alone_ms(calls[name]) for name in times if name.split()[0] in ("gemm", "entropy_fast")}
         rows = []
         for name, ms in times.items():
             row = {"op": title, "impl": name, **self.facts, "ms": ms, "of_floor": ms / times["gemm"]}
             row |= {"outputs": "logits" if "gemm" in name else functions[name][1], "tflops": None, **UNMEASURED}
+            if name in alone:
+                row |= {"ms_alone": alone[name], "of_floor_alone": alone[name] / alone["gemm"]}
             if name != "read":
                 row["tflops"] = self.product * count / ms / 1e9
                 if op == "forward":

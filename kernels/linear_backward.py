@@ -6,7 +6,8 @@ A GEMM recomputes the slab's logits tile by tile and turns them, in registers, i
 
 which is stored once, in 16 bits; two library GEMMs then add dz W to dHidden (in float32, because rounding every slab's
 product would bias training) and write dzᵀ x to the slab's rows of dWeight. Three GEMMs in all, two with a frozen head.
-The workspace is one slab of dz and the float32 sum of dHidden.
+The workspace is the float32 sum of dHidden and one slab of dz, which most of the time lies in rows of dWeight that are
+still to come.
 
 For float32 operands dz, x and W are taken as bf16 pairs high + low and three products of halves are summed in float32:
 errors of 1e-5 relative. dz of fp16 operands is multiplied by a power of two, undone at the end, so that small
@@ -183,6 +184,36 @@ def slab_columns(rows: int, vocab: int, tiling: Tiling) -> int:
     return min(triton.cdiv(columns, tiling.BN), triton.cdiv(vocab, tiling.BN)) * tiling.BN
 
 
+def _slabs(
+    rows: _Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slabs of the vocabulary, each with room for its dz.
+
+    Until the last slabs are reached, that room is where their rows of dWeight will be; they get a smaller one.
+    """
+    columns = slab_columns(len(rows.targets), vocab, tiling)
+    entries = rows.entries(columns)
+    borrowed = 0
+    if d_weight is not None and d_weight.dtype == rows.dtype and 4 * entries <= d_weight.numel():
+        borrowed = (vocab - triton.cdiv(entries, d_weight.shape[1])) // columns * columns
+    if borrowed:
+        workspace = d_weight.view(-1)[borrowed * d_weight.shape[1] :][:entries]
+        for start in range(0, borrowed, columns):
+            yield slice(start, start + columns), workspace
+        columns = triton.cdiv(columns // 2, tiling.BN) * tiling.BN
+    workspace = rows.workspace(columns)
+    for start in range(borrowed, vocab, columns):
+        yield slice(start, min(start + columns, vocab)), workspace
+
+
+def _filtered_slabs(rows: _Rows, vocab: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The slabs whose mass the forward has measured."""
+    columns = filter_columns(rows.hidden.device)
+    workspace = rows.workspace(columns)
+    for start in range(0, vocab, columns):
+        yield slice(start, min(start + columns, vocab)), workspace
+
+
 def linear_backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -209,17 +240,15 @@ def linear_backward(
     d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=device) if needs_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
-    columns = slab_columns(total, vocab, tiling) if kept is None else filter_columns(device)
-    workspace = rows.workspace(columns)
-    for start, (index, part) in zip(range(0, vocab, columns), _rows_of_slabs(rows, kept), strict=False):
-        slab = slice(start, min(start + columns, vocab))
+    slabs = _slabs(rows, vocab, tiling, d_weight) if kept is None else _filtered_slabs(rows, vocab)
+    for (slab, workspace), (index, part) in zip(slabs, _rows_of_slabs(rows, kept), strict=False):
         if part is None:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
                     gradient[slab] = 0
             continue
         dz = _slab_dlogits(
-            part, weight[slab], start, None if bias is None else bias[slab], transform, workspace, tiling
+            part, weight[slab], slab.start, None if bias is None else bias[slab], transform, workspace, tiling
         )
         if d_hidden is not None:
             _add_rows(d_hidden, index, _products(dz, _parts(weight[slab])))
@@ -227,8 +256,7 @@ def linear_backward(
             _write_products(d_weight[slab], _products([t.t() for t in dz], _parts(part.hidden)), gain)
         if d_bias is not None:
             d_bias[slab] = sum(t.sum(0, dtype=torch.float32) for t in dz)
-        del dz
-    del workspace
+        del dz, workspace
     if gain is not None:
         d_hidden = None if d_hidden is None else d_hidden.div_(gain)
         d_bias = None if d_bias is None else d_bias.div_(gain)
@@ -252,10 +280,18 @@ class _Rows:
     def of(cls, hidden: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients) -> _Rows:
         return cls(hidden, Operand.of(hidden), targets, coefficients)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of dz."""
+        return torch.bfloat16 if self.operand.parts else self.hidden.dtype
+
+    def entries(self, columns: int) -> int:
+        """Of a slab of dz."""
+        return len(self.targets) * self.pitch(columns)
+
     def workspace(self, columns: int) -> torch.Tensor:
         """Room for one slab of dz, flat."""
-        dtype = torch.bfloat16 if self.operand.parts else self.hidden.dtype
-        return torch.empty(len(self.targets) * self.pitch(columns), dtype=dtype, device=self.hidden.device)
+        return torch.empty(self.entries(columns), dtype=self.dtype, device=self.hidden.device)
 
     def pitch(self, columns: int) -> int:
         """Entries from one row of dz to the next."""

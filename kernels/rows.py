@@ -31,11 +31,6 @@ from entropy_fast.reference.transform import Transform
 
 # The peak of an empty set: no finite float32 lies below it.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
-# Bytes that the cache fetches at a time.
-SECTOR = 32
-# How many blocks ahead the cache is told what will be read, where loads are too narrow for asynchronous copies: what is
-# in flight then takes no registers.
-PREFETCH = 6
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -44,14 +39,6 @@ def empty_sets(LANES: tl.constexpr, ACC: tl.constexpr):
     """A vector of sets without elements."""
     zeros = tl.zeros([LANES], ACC)
     return tl.full([LANES], FLOOR, ACC), zeros, zeros, zeros
-
-
-@triton.jit
-def prefetch(pointers):
-    """Have the second-level cache fetch what lies at these addresses (CUDA alone)."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -98,8 +85,6 @@ def row_stats_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SECTOR: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
     """One program a row, or a segment of a row where rows are few; with a list, whoever is free takes the next."""
@@ -117,7 +102,6 @@ def row_stats_kernel(
         + tl.arange(0, LANES)[None, :, None] * WIDTH
         + tl.arange(0, WIDTH)[None, None, :]
     )
-    prefetch_cols = tl.arange(0, BLOCK // SECTOR) * SECTOR
     whole_blocks = vocab // BLOCK
     per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
     if active_ptr is not None:
@@ -142,13 +126,8 @@ def row_stats_kernel(
         first = part * per_segment
         last = tl.where(parts == 1, whole_blocks, min(first + per_segment, whole_blocks))
         left = per_segment
-        if PREFETCH:
-            for block in range(first, min(first + PREFETCH, last)):
-                prefetch(row_ptr + block * BLOCK + prefetch_cols)
         for block in tl.range(first, last, num_stages=STAGES):
             start = block * BLOCK
-            if PREFETCH:
-                prefetch(row_ptr + min(block + PREFETCH, last - 1) * BLOCK + prefetch_cols)
             w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
             m, s, r, e = absorb(w, m, s, r, e, alpha)
@@ -411,8 +390,6 @@ def _variant(
             "LANES": settings.lanes,
             "WIDTH": width,
             "STAGES": settings.stages,
-            "PREFETCH": PREFETCH if narrow and device.type == "cuda" and not torch.version.hip else 0,
-            "SECTOR": SECTOR // itemsize,
             "SUM_BLOCK": min(BLOCK, 256 * settings.warps),
         },
         num_warps=settings.warps,

@@ -44,7 +44,7 @@ class BackwardSettings(NamedTuple):
 FORWARD = {
     "sm90": (
         (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
-        (2**31, True, Settings(2, 128, 4, 1, 4, 6, 1.0, 80)),
+        (2**31, True, Settings(2, 128, 4, 1, 4, 8, 1.0, 64)),
         (65536, False, Settings(1, 128, 4, 6, 1, 32, 0)),
         (2**31, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
     )

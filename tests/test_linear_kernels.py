@@ -90,6 +90,48 @@ def test_both_directions(tma, dtype, rows, width, vocab, bias, options, monkeypa
 
 
 @interpreted
+@pytest.mark.parametrize("needs_weight", [True, False])
+def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_weight, monkeypatch):
+    from entropy_fast.kernels import linear_backward
+    from entropy_fast.kernels.linear_forward import linear_stats
+    from entropy_fast.reference.rows import RowGradients
+    from entropy_fast.reference.transform import Transform
+
+    monkeypatch.setattr(linear_backward, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(linear_backward, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_backward, "PITCH", 16)
+    rooms = []
+    original = linear_backward._slab_dlogits
+
+    def watched(part, weight, start, bias, transform, workspace, tiling):
+        rooms.append((start, len(weight), workspace.data_ptr()))
+        return original(part, weight, start, bias, transform, workspace, tiling)
+
+    monkeypatch.setattr(linear_backward, "_slab_dlogits", watched)
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(6, 32, generator=g).half(), (0.4 * torch.randn(300, 32, generator=g)).half()
+    targets = torch.randint(0, 300, (6,), generator=g)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = oracle(*exact, targets, None, Transform())
+    stats, _ = linear_stats(hidden, weight, targets, None, Transform())
+    grads = RowGradients(*torch.randn(3, 6, generator=g))
+    needs = (True, needs_weight, False)
+    got = linear_backward.linear_backward(hidden, weight, targets, None, Transform(), stats, grads, needs)
+    loss = sum((weight_of * e).sum() for weight_of, e in zip(grads, expected, strict=True))
+    for a, e in zip(got, torch.autograd.grad(loss, exact), strict=False):
+        if a is not None:
+            assert (a.double() - e).norm() <= 2e-3 * e.norm()
+    if needs_weight:
+        start = got.weight.data_ptr()
+        inside = [start <= room < start + 2 * got.weight.numel() for _, _, room in rooms]
+        assert inside[:4] == [True, True, True, True]
+        assert not any(inside[4:])
+        # what is lent out begins where the last slab that uses it ends
+        assert rooms[3][0] + rooms[3][1] == (rooms[0][2] - start) // (2 * 32)
+    assert sum(columns for _, columns, _ in rooms) == 300
+
+
+@interpreted
 def test_rows_kept_slab_by_slab():
     from entropy_fast.kernels import linear
     from entropy_fast.reference import linear as reference
