@@ -263,10 +263,14 @@ def _size(size: int | None) -> str:
     return f"{size / 2**20:7.1f} MiB" if size < 2**30 else f"{size / 2**30:7.2f} GiB"
 
 
-def write(rows: list[dict[str, Any]], packages: Iterable[str], out: Path) -> None:
-    """Write the result file, whole or not at all."""
+def write(rows: list[dict[str, Any]], packages: Iterable[str], out: Path, before: dict[str, Any] | None = None) -> None:
+    """Write the result file, whole or not at all; after the rows and the command of the result `before`."""
+    command = " ".join(["python -m bench", Path(sys.argv[0]).stem, *sys.argv[1:]])
+    if before is not None:
+        rows = before["rows"] + rows
+        command = f"{before['command']} && {command}"
     result = {
-        "command": " ".join(["python -m bench", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": command,
         "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": versions(packages),

@@ -2,7 +2,7 @@
 
     python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen first]
                            [--impls NAME ...] [--dtype bfloat16] [--flat-only] [--rounds 10]
-                           [--out bench/results/h100-linear.json]
+                           [--out bench/results/h100-linear.json [--append]]
 
 Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
 other, so that the GPU is as busy as in training; medians over the rounds. The floor and this project are then timed
@@ -19,6 +19,7 @@ every shape.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 from collections.abc import Callable
@@ -260,9 +261,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--flat-only", action="store_true", help="leave out the rows spread as in rollouts")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     torch.set_float32_matmul_precision("highest")
+    before = None
+    if options.append and options.out and options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = []
     if "first" in options.ops:
         rows += first_call()
@@ -282,7 +287,7 @@ def main() -> None:
             # before the next one's tensors
             del case
             if options.out:
-                write(rows, PACKAGES, options.out)
+                write(rows, PACKAGES, options.out, before)
 
 
 if __name__ == "__main__":

@@ -323,7 +323,9 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
             options = {k: v for k, v in variant.options.items() if k != "maxnreg" or target[0] == "cuda"}
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **options)
             if target == ("cuda", 90):
-                assert _stack_bytes(compiled, tmp_path) == 0, (vocab, aligned)
+                # two registers, once a row, are the price of an eighth program where rows start anywhere
+                allowed = 8 if "maxnreg" in options and not aligned else 0
+                assert _stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
             if target[0] == "cuda" and aligned:
                 assert re.search(
                     r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
