@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import launch
+from entropy_fast.kernels.launch import ceil_div, launch
 from entropy_fast.kernels.linear_operands import (
     Operand,
     Tiling,
@@ -181,7 +181,7 @@ def _store_tile(
 def slab_columns(rows: int, vocab: int, tiling: Tiling) -> int:
     """Width of a slab of dz, a multiple of the tile's."""
     columns = max(SLAB_COLUMNS, SLAB_ENTRIES // max(rows, 1) // SLAB_COLUMNS * SLAB_COLUMNS)
-    return min(triton.cdiv(columns, tiling.BN), triton.cdiv(vocab, tiling.BN)) * tiling.BN
+    return min(ceil_div(columns, tiling.BN), ceil_div(vocab, tiling.BN)) * tiling.BN
 
 
 def _slabs(
@@ -195,12 +195,12 @@ def _slabs(
     entries = rows.entries(columns)
     borrowed = 0
     if d_weight is not None and d_weight.dtype == rows.dtype and 4 * entries <= d_weight.numel():
-        borrowed = (vocab - triton.cdiv(entries, d_weight.shape[1])) // columns * columns
+        borrowed = (vocab - ceil_div(entries, d_weight.shape[1])) // columns * columns
     if borrowed:
         workspace = d_weight.view(-1)[borrowed * d_weight.shape[1] :][:entries]
         for start in range(0, borrowed, columns):
             yield slice(start, start + columns), workspace
-        columns = triton.cdiv(columns // 2, tiling.BN) * tiling.BN
+        columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
     workspace = rows.workspace(columns)
     for start in range(borrowed, vocab, columns):
         yield slice(start, min(start + columns, vocab)), workspace
@@ -341,12 +341,12 @@ def _slab_dlogits(
 ) -> list[torch.Tensor]:
     """dz of the slab at `start`, (rows, columns) in the workspace; high and low halves for float32 operands."""
     rows, columns = len(part.targets), weight.shape[0]
-    n_col_tiles = triton.cdiv(columns, tiling.BN)
+    n_col_tiles = ceil_div(columns, tiling.BN)
     padded = n_col_tiles * tiling.BN
     pitch = part.pitch(padded)
     dz = Operand(workspace[: rows * pitch].view(rows, pitch), pitch, None)
     x, w = part.operand, Operand.of(weight)
-    n_units = triton.cdiv(rows, tiling.BM) * n_col_tiles
+    n_units = ceil_div(rows, tiling.BM) * n_col_tiles
     programs = min(program_count(workspace.device), n_units)
     per_row = (part.targets - start, *part.coefficients)
     scalars = (transform.factor, transform.squeeze or 1.0)

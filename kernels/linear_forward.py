@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Variant, launch
+from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_operands import (
     Operand,
     Tiling,
@@ -163,14 +163,14 @@ def tile_partials(
     Shapes as in `linear_stats`; float32 operands are taken through their fp16 halves.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    tiles = torch.empty(triton.cdiv(vocab, tiling.BN), 4, rows, dtype=torch.float32, device=hidden.device)
+    tiles = torch.empty(ceil_div(vocab, tiling.BN), 4, rows, dtype=torch.float32, device=hidden.device)
     x = Operand.of(hidden)
     for slab in slabs(vocab, tiling, x.parts):
-        w = Operand.of(weight[slab])
         columns = slab.stop - slab.start
-        n_units = triton.cdiv(rows, tiling.BM) * triton.cdiv(columns, tiling.BN)
+        w = Operand.of(weight if columns == vocab else weight[slab])
+        n_units = ceil_div(rows, tiling.BM) * ceil_div(columns, tiling.BN)
         programs = min(program_count(hidden.device), n_units)
-        out = tiles[slab.start // tiling.BN :]
+        out = tiles[slab.start // tiling.BN :] if slab.start else tiles
         local_bias = None if bias is None else bias[slab]
         local_targets = targets - slab.start if slab.start else targets
         scalars = (transform.factor, transform.squeeze or 1.0)
@@ -250,7 +250,7 @@ def linear_stats(
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
     launch(
         merge_kernel,
-        triton.cdiv(rows, MERGE_ROWS),
+        ceil_div(rows, MERGE_ROWS),
         (tiles, targets, *out),
         (rows, vocab, tiles.shape[0]),
         (),

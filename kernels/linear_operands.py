@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from entropy_fast.kernels.launch import Variant
+from entropy_fast.kernels.launch import Variant, ceil_div
 
 SPLIT_BLOCK = 1024
 # Vocabulary rows of a float32 head whose halves exist at a time.
@@ -125,7 +125,7 @@ def hopper_variant(
 
 def slabs(vocab: int, tiling: Tiling, parts: bool) -> Iterator[slice]:
     """The whole vocabulary at once, or, where its rows have to be split in halves first, some of it at a time."""
-    step = triton.cdiv(SPLIT_ROWS, tiling.BN) * tiling.BN if parts else vocab
+    step = ceil_div(SPLIT_ROWS, tiling.BN) * tiling.BN if parts else vocab
     for start in range(0, vocab, step):
         yield slice(start, min(start + step, vocab))
 
@@ -222,7 +222,7 @@ def split_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, 2 K) fp16 of [low | high], zeros from the width up to K, and (rows,) the scales that undo the split's."""
     rows, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    padded = triton.cdiv(width, 64) * 64
+    padded = ceil_div(width, 64) * 64
     halves = torch.empty(rows, 2 * padded, dtype=torch.float16, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     split_kernel[(rows,)](x, halves, scale, x.stride(0), width, padded, BLOCK=SPLIT_BLOCK)

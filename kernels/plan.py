@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Variant, launch
+from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
@@ -202,7 +202,7 @@ def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> Ac
     active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
     launch(
         list_active_kernel,
-        triton.cdiv(mask.numel(), LIST_BLOCK),
+        ceil_div(mask.numel(), LIST_BLOCK),
         (mask, *active, *out),
         (mask.numel(), counters.numel()),
         (),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
-from entropy_fast.kernels.launch import Variant, launch
+from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
@@ -178,7 +178,7 @@ def row_stats_backward(
     _, inner, vocab = logits.shape
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
-    pieces = triton.cdiv(vocab + width - 1, settings.block)
+    pieces = ceil_div(vocab + width - 1, settings.block)
     launch(
         row_stats_backward_kernel,
         targets.numel() * pieces,

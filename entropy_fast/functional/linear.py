@@ -79,7 +79,7 @@ def linear_token_stats(
     if not 0.0 <= max_dropped_mass < 1.0:
         raise InputError(f"max_dropped_mass must be in [0, 1), got {max_dropped_mass}; 0 computes every gradient")
     shape = targets.shape
-    logprob, entropy, peak, log_sum, dropped, _ = torch.ops.entropy_fast.linear_stats(
+    logprob, entropy, peak, log_sum, dropped, _ = linear_operators.linear_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),

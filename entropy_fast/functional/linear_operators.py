@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from entropy_fast.functional.operators import outside_autocast
+from entropy_fast.functional.operators import nobody_looks, outside_autocast
 from entropy_fast.functional.validation import check_target_range
 from entropy_fast.reference import linear as reference
 from entropy_fast.reference.filtering import choose_slabs
@@ -79,6 +79,17 @@ def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, pre
         kept, dropped = choose_slabs(slab_lse, stats.peak + stats.log_sum, target_slab, max_dropped_mass)
         dropped = _in_place_of(dropped, rows, total)
     return *(_in_place_of(t, rows, total) for t in stats), dropped, kept
+
+
+def linear_stats(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    """The operator; where no gradient is wanted and nothing looks at operators, on a GPU, past the dispatcher."""
+    if hidden.is_cuda and nobody_looks(hidden) and not torch.is_autocast_enabled("cuda"):
+        differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
+            return _stats(hidden, weight, targets, bias, *rest)
+    return torch.ops.entropy_fast.linear_stats.default(hidden, weight, targets, bias, *rest)
 
 
 def _stats_backward(

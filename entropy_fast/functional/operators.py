@@ -222,6 +222,15 @@ LIBRARY.impl("sequence_stats", _sequence_stats_triton, "CUDA")
 # Calls
 
 
+def nobody_looks(tensor: torch.Tensor) -> bool:
+    """Whether an operator on this tensor may be called past the dispatcher.
+
+    So it is without a compiler, a tracer or a transform, and for a plain tensor. Autograd is the caller's concern.
+    """
+    plain = not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
+    return plain and not (is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack())
+
+
 def row_stats(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -235,11 +244,10 @@ def row_stats(
 ) -> tuple[Any, ...]:
     """The operator; without `for_backward`, peak and log_sum may be None.
 
-    Where nothing looks at operators (no compiler, no tracing, no tensor subclass) a GPU's kernels are called outright:
-    the dispatcher costs the host as much as a small kernel runs.
+    Where nothing looks at operators a GPU's kernels are called outright: the dispatcher costs the host as much as a
+    small kernel runs.
     """
-    plain = logits.is_cuda and not torch.compiler.is_compiling() and type(logits) is torch.Tensor
-    if plain and not (is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack()):
+    if logits.is_cuda and nobody_looks(logits):
         return _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
     return torch.ops.entropy_fast.row_stats.default(logits, targets, mask, bias, temperature, scale, softcap)
 
