@@ -62,23 +62,23 @@ def _style(name: str, names: list[str]) -> dict[str, Any]:
 
 def _logits(rows: list[dict[str, Any]]) -> Figure:
     """TB/s over the size of the logits."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for panel, op, roof in zip(panels, ("forward", "backward"), ("a plain read", "a copy"), strict=True):
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["impl"] for row in rows))
+    for panel, op in zip(panels, ("forward", "backward"), strict=True):
         here = [row for row in rows if row["op"] == op]
-        names = list(dict.fromkeys(row["impl"] for row in here))
-        for name in names:
+        for name in dict.fromkeys(row["impl"] for row in here):
             points = sorted((_bytes(row) / 1e6, rate(row)) for row in here if row["impl"] == name)
             x, y = zip(*points, strict=True)
             if name == "floor":
-                panel.plot(x, y, color="0.5", label=f"{roof} of the same bytes", zorder=1)
+                panel.plot(x, y, color="0.5", label="a plain read, a copy of the same bytes", zorder=1)
                 continue
             outputs = next(row["outputs"] for row in here if row["impl"] == name)
             panel.scatter(x, y, label=f"{name} ({outputs})", **_style(name, names))
         panel.set(xscale="log", xlabel="logits, MB", title=op)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     panels[0].set_ylabel("TB/s")
     panels[0].set_ylim(bottom=0)
+    _legend(figure, 4)
     return figure
 
 
@@ -107,10 +107,15 @@ def _linear(rows: list[dict[str, Any]]) -> Figure:
     panels[0].set_yticks(range(len(shapes)), [" × ".join(map(str, shape)) for shape in shapes])
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     panels[0].set_ylabel("rows × hidden × vocabulary")
-    labels = dict(pair[::-1] for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True))
-    if labels:
-        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=5, fontsize=8)
+    _legend(figure, 5)
     return figure
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """One for all panels, below them."""
+    labels = dict(pair[::-1] for panel in figure.axes for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+    if labels:
+        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from bench.harness import alternating_ms, peak_bytes, report
+from bench.harness import alternating_ms, peak_bytes, show, write
 from entropy_fast import Rollouts, linear_token_stats, score
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,12 +224,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    found = []
+    found: list[dict[str, Any]] = []
     for name in options.shapes:
-        found += bench(name, getattr(torch, options.dtype), options.repeats)
+        measured = bench(name, getattr(torch, options.dtype), options.repeats)
+        show(measured)
+        found += measured
+        # after every shape, so that a limit of time loses one at most
+        if options.out:
+            write(found, PACKAGES, options.out)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-    report(found, PACKAGES, options.out)
 
 
 if __name__ == "__main__":

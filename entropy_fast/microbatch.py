@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,64 +107,74 @@ def packed(
     row = _Row(dense)
     for family in dense.families(sequences):
         row.append(family)
-    at = {name: torch.cat(parts) for name, parts in row.scored.items()}
+    rows, targets = _joined(row.rows), _joined(row.targets)
     identity = row.query_lengths == row.key_lengths
     segments = Segments(
         tuple(row.query_lengths),
         tuple(row.key_lengths),
-        None if identity else _send(torch.cat(row.keys), device),
+        None if identity else _send(_joined(row.keys), device),
     )
     return Microbatch(
         sequences=tuple(sequences),
-        input_ids=_send(torch.cat(row.tokens)[None], device),
-        position_ids=_send(torch.cat(row.positions)[None], device),
-        active=_send(at["active"], device),
-        targets=_send(dense.tokens[at["rows"], at["target"]], device),
-        rows=_send(at["rows"], result_device),
-        columns=_send(dense.columns[at["rows"], at["target"]], result_device),
+        input_ids=_send(_joined(row.tokens)[None], device),
+        position_ids=_send(_joined(row.positions)[None], device),
+        active=_send(_joined(row.active), device),
+        targets=_send(dense.tokens[rows, targets], device),
+        rows=_send(rows, result_device),
+        columns=_send(dense.columns[rows, targets], result_device),
         tokens=segments.tokens,
         segments=segments,
     )
 
 
 class _Row:
-    """A packed row in the making."""
+    """A packed row in the making; in NumPy, whose calls cost less: a row has hundreds of pieces of a few numbers."""
 
     def __init__(self, dense: DenseRollouts) -> None:
-        self.dense = dense
+        self._all_tokens = dense.tokens.numpy()
+        self._generated = dense.generated.numpy()
+        self._prompt_lengths = dense.prompt_lengths.tolist()
+        self._input_lengths = dense.input_lengths.tolist()
         self.length = 0
-        self.tokens: list[Tensor] = []
-        self.positions: list[Tensor] = []
-        self.keys: list[Tensor] = []
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.keys: list[np.ndarray] = []
         self.query_lengths: list[int] = []
         self.key_lengths: list[int] = []
-        self.scored: dict[str, list[Tensor]] = {"active": [], "rows": [], "target": []}
+        # of every scored token: where its logits are, its sequence, its column
+        self.active: list[np.ndarray] = []
+        self.rows: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
 
     def append(self, family: Sequence[int]) -> None:
         """Sequences of one prompt. A prompt with a single sequence needs no segment of its own."""
-        shared = int(self.dense.prompt_lengths[family[0]]) if len(family) > 1 else 0
-        prompt = torch.arange(self.length, self.length + shared)
+        shared = self._prompt_lengths[family[0]] if len(family) > 1 else 0
+        prompt = np.arange(self.length, self.length + shared)
         if shared:
             self._segment(family[0], 0, shared, prompt[:0])
         for i in family:
-            end = int(self.dense.input_lengths[i])
+            end = self._input_lengths[i]
             own = self._segment(i, shared, end, prompt) if end > shared else prompt[:0]
-            where = torch.cat([prompt, own])
-            target = self.dense.generated[i, 1 : end + 1].nonzero()[:, 0] + 1
-            self.scored["active"].append(where[target - 1])
-            self.scored["rows"].append(torch.full_like(target, i))
-            self.scored["target"].append(target)
+            where = np.concatenate([prompt, own])
+            target = np.flatnonzero(self._generated[i, 1 : end + 1]) + 1
+            self.active.append(where[target - 1])
+            self.rows.append(np.full_like(target, i))
+            self.targets.append(target)
 
-    def _segment(self, i: int, start: int, end: int, before: Tensor) -> Tensor:
+    def _segment(self, i: int, start: int, end: int, before: np.ndarray) -> np.ndarray:
         """Tokens start..end of sequence i, which may look at the row's tokens `before` too; where they stand."""
-        own = torch.arange(self.length, self.length + end - start)
+        own = np.arange(self.length, self.length + end - start)
         self.length += end - start
-        self.tokens.append(self.dense.tokens[i, start:end])
-        self.positions.append(torch.arange(start, end))
-        self.keys.append(torch.cat([before, own]))
+        self.tokens.append(self._all_tokens[i, start:end])
+        self.positions.append(np.arange(start, end))
+        self.keys.append(np.concatenate([before, own]))
         self.query_lengths.append(end - start)
         self.key_lengths.append(len(self.keys[-1]))
         return own
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _running_sums(lengths: Sequence[int]) -> Tensor:

@@ -421,6 +421,27 @@ def test_more_than_two_to_the_31_elements():
     assert (x.grad[-3:] - wanted).norm() <= 2 * ROUNDING[torch.bfloat16] * wanted.norm()
 
 
+def test_the_dispatcher_is_passed_by_only_where_nobody_looks():
+    from torch._subclasses import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from entropy_fast.functional.operators import nobody_looks
+
+    x = torch.zeros(3)
+    assert nobody_looks(x)
+    assert not nobody_looks(torch.nn.Parameter(x))
+    with FakeTensorMode() as mode:
+        assert not nobody_looks(mode.from_tensor(x))
+    with FlopCounterMode(display=False):
+        assert not nobody_looks(x)
+    seen = []
+    torch.func.vmap(lambda t: (seen.append(nobody_looks(t)), t)[1])(x)
+    torch.func.grad(lambda t: (seen.append(nobody_looks(t)), t.sum())[1])(x)
+    assert seen == [False, False]
+    compiled = torch.compile(lambda t: t + (1 if nobody_looks(t) else 2), fullgraph=True, backend="eager")
+    assert compiled(x).tolist() == [2, 2, 2]
+
+
 def test_autocast_changes_nothing():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 40, generator=g).requires_grad_()
