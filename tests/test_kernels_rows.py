@@ -144,6 +144,31 @@ def test_masks_splits_and_batches_leave_the_bits_alone():
 
 
 @interpreted
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_list_of_several_blocks(share):
+    from entropy_fast.kernels.plan import LIST_BLOCK, list_active
+    from entropy_fast.reference.rows import RowStats
+
+    mask = torch.rand(3, LIST_BLOCK) < share
+    mask = mask[:, :-100].contiguous()
+    stats = RowStats(*(torch.full(mask.shape, math.nan) for _ in range(4)))
+    counters = torch.full((LIST_BLOCK + 7,), -1, dtype=torch.int32)
+    active = list_active(mask, stats, counters)
+    places = mask.view(-1).nonzero()[:, 0]
+    assert int(counters[0]) == len(places)
+    assert not counters[1:].any()
+    assert torch.equal(active.rows[: len(places)].long(), places)
+    for t in stats:
+        assert not t[~mask].any()
+        assert t[mask].isnan().all()
+    # and without what the backward alone needs
+    logprob, entropy = (torch.full(mask.shape, math.nan) for _ in range(2))
+    list_active(mask, RowStats(logprob, entropy, None, None), counters)
+    assert not logprob[~mask].any()
+    assert not entropy[~mask].any()
+
+
+@interpreted
 def test_strides():
     from entropy_fast.kernels.rows import row_stats
 

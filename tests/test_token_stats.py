@@ -406,6 +406,19 @@ def test_real_vocabularies(vocab, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 5003])
+def test_many_masked_rows_have_the_bits_of_unmasked_ones(vocab):
+    logits, targets = problem(20000, vocab, dtype=torch.bfloat16, device="cuda")
+    whole = ef.token_stats(logits, targets, return_lse=True)
+    for share in (0.0, 0.01, 0.5, 1.0):
+        mask = torch.rand(20000, device="cuda") < share
+        for return_lse in (False, True):
+            out = ef.token_stats(logits, targets, mask=mask, return_lse=return_lse)
+            for a, b in zip(out, whole, strict=True):
+                assert a is None or torch.equal(a, torch.where(mask, b, 0.0))
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     rows, vocab = 70000, 32000
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
