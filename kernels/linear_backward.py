@@ -347,7 +347,7 @@ def _slab_dlogits(
     dz = Operand(workspace[: rows * pitch].view(rows, pitch), pitch, None)
     x, w = part.operand, Operand.of(weight)
     n_units = ceil_div(rows, tiling.BM) * n_col_tiles
-    programs = min(program_count(workspace.device), n_units)
+    programs = program_count(workspace.device)
     per_row = (part.targets - start, *part.coefficients)
     scalars = (transform.factor, transform.squeeze or 1.0)
     softcap, has_entropy = transform.softcap is not None, part.coefficients.slope is not None

@@ -169,7 +169,8 @@ def tile_partials(
         columns = slab.stop - slab.start
         w = Operand.of(weight if columns == vocab else weight[slab])
         n_units = ceil_div(rows, tiling.BM) * ceil_div(columns, tiling.BN)
-        programs = min(program_count(hidden.device), n_units)
+        # not fewer where there are fewer units: the number is compiled in, and an idle program costs nothing
+        programs = program_count(hidden.device)
         out = tiles[slab.start // tiling.BN :] if slab.start else tiles
         local_bias = None if bias is None else bias[slab]
         local_targets = targets - slab.start if slab.start else targets
