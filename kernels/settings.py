@@ -55,12 +55,12 @@ BACKWARD = {"sm90": BackwardSettings(4096, 8)}
 
 def vector_width(logits: torch.Tensor) -> int:
     """The most elements that one load can take, up to 16 bytes, given where the rows of `logits` start."""
-    width = 16 // logits.element_size()
-    while width > 1 and (
-        logits.data_ptr() % (width * logits.element_size()) or any(n % width for n in logits.stride()[:-1])
-    ):
-        width //= 2
-    return width
+    itemsize = logits.element_size()
+    starts = logits.data_ptr() | 16
+    for stride in logits.stride()[:-1]:
+        starts |= stride * itemsize
+    # the lowest bit that any of them has: the largest power of two that divides all
+    return (starts & -starts) // itemsize
 
 
 @cache
