@@ -238,13 +238,6 @@ def largest_errors(pair: Iterable[torch.Tensor | None], exact: Iterable[torch.Te
     ]
 
 
-def report(rows: list[dict[str, Any]], packages: Iterable[str], out: Path | None) -> None:
-    """Print rows as a table and, with `out`, write the result file, whole or not at all."""
-    show(rows)
-    if out is not None:
-        write(rows, packages, out)
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows as a table."""
     for row in rows:
@@ -274,9 +267,9 @@ def write(rows: list[dict[str, Any]], packages: Iterable[str], out: Path, before
         command = f"{before['command']} && {command}"
     result = {
         "command": command,
-        "commit": commit(),
+        "commit": _commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "versions": versions(packages),
+        "versions": _versions(packages),
         "rows": rows,
     }
     with atomic_text(out) as file:
@@ -288,7 +281,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """The commit that was measured, with a + when files differ from it; None outside a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -304,7 +297,7 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
+def _versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:

@@ -66,10 +66,12 @@ CHECKED_ROWS = 128
 # up to here the head's bytes are what a forward costs
 FEW_ROWS = 256
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
+# name -> (function, what it gives)
+Implementations = dict[str, tuple[Function | None, str]]
 
 
-def ours(dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
-    """This project, by name: name -> (function, what it gives)."""
+def ours(dtype: torch.dtype) -> Implementations:
+    """This project."""
 
     def at(**options: Any) -> tuple[Function, str]:
         return lambda h, w, y: linear_token_stats(h, w, y, **options)[:2], BOTH
@@ -84,9 +86,9 @@ def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return from_logits(hidden @ weight.t(), targets)
 
 
-def peers() -> dict[str, tuple[Function, str]]:
-    """Importable peers: name -> (function, what it gives)."""
-    found: dict[str, tuple[Function, str]] = {}
+def peers() -> Implementations:
+    """Importable peers."""
+    found: Implementations = {}
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -187,7 +189,7 @@ class Case:
         total = torch.stack([t.float().sum() for t in function(h, w, self.targets) if t is not None]).sum()
         return torch.autograd.grad(total, [h, w] if op == "backward" else [h])
 
-    def measure(self, op: str, functions: dict[str, tuple[Function, str]], rounds: int) -> list[dict[str, Any]]:
+    def measure(self, op: str, functions: Implementations, rounds: int) -> list[dict[str, Any]]:
         """Rows of one op, the floor first."""
         count, title = OPS[op]
         calls: dict[str, Callable[[], Any]] = {"gemm": partial(self.gemms, count)}
@@ -195,7 +197,7 @@ class Case:
             calls["gemm tf32"] = partial(self.tf32_gemms, count)
         for name, (function, _) in functions.items():
             # filtering is of the gradient
-            if name not in ("gemm tf32", "read") and (op != "forward" or "filtered" not in name):
+            if function is not None and (op != "forward" or "filtered" not in name):
                 calls[name] = partial(self.step, function, op)
         times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
         if "read" in functions and op == "forward":
@@ -235,18 +237,13 @@ y = torch.zeros(128, dtype=torch.int64, device="cuda")
     return first_call_rows(shape, prepare, "linear_token_stats(h, w, y)", **facts)
 
 
-def unfilled(*_: torch.Tensor) -> Pair:
-    """Stands for what is measured by other means than a call of three tensors."""
-    raise NotImplementedError
-
-
-def implementations(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[Function, str]]:
-    """All that a shape is measured with beside the floor."""
-    found = ours(dtype) | peers()
+def implementations(shape: tuple[int, ...], dtype: torch.dtype) -> Implementations:
+    """All that a shape is measured with beside the floor; None for what `Case` measures itself."""
+    found: Implementations = ours(dtype) | peers()
     if dtype == torch.float32:
-        found["gemm tf32"] = (unfilled, "logits")
+        found["gemm tf32"] = (None, "logits")
     if shape[0] <= FEW_ROWS:
-        found["read"] = (unfilled, "")
+        found["read"] = (None, "")
     return found
 
 

@@ -33,7 +33,8 @@ from bench.harness import (
     median_ms,
     peak_bytes,
     read_ms,
-    report,
+    show,
+    write,
 )
 from entropy_fast import token_stats
 
@@ -233,7 +234,9 @@ def main() -> None:
             case.in_a_graph(functions)
             rows += case.rows
             del case
-    report(rows, PACKAGES, options.out)
+    show(rows)
+    if options.out:
+        write(rows, PACKAGES, options.out)
 
 
 if __name__ == "__main__":

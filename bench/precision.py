@@ -12,8 +12,6 @@ that many sequences.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ from typing import Any
 import torch
 import transformers as tf
 
-from bench.harness import commit, versions
+from bench.harness import write
 from bench.score import DEVICE, PACKAGES, SHAPES, rollouts
 from entropy_fast import Rollouts, score
 from entropy_fast.errors import InputError
-from entropy_fast.files import atomic_text
 from entropy_fast.layout import Layout
 
 # (name in the table, dtype that the weights are held in, `Scoring.precision`), in an order in which no conversion of
@@ -151,17 +148,8 @@ def main() -> None:
         rows += found
         if gpu:
             torch.cuda.empty_cache()
-    if options.out is None:
-        return
-    result = {
-        "command": " ".join(["python -m bench precision", *sys.argv[1:]]),
-        "commit": commit(),
-        "gpu": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
-        "versions": versions(PACKAGES),
-        "rows": rows,
-    }
-    with atomic_text(options.out) as file:
-        json.dump(result, file, indent=1)
+    if options.out:
+        write(rows, PACKAGES, options.out)
 
 
 if __name__ == "__main__":

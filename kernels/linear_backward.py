@@ -348,17 +348,16 @@ def _slab_dlogits(
     x, w = part.operand, Operand.of(weight)
     n_units = ceil_div(rows, tiling.BM) * n_col_tiles
     programs = program_count(workspace.device)
-    per_row = (part.targets - start, *part.coefficients)
+    local_targets = part.targets - start
     scalars = (transform.factor, transform.squeeze or 1.0)
     softcap, has_entropy = transform.softcap is not None, part.coefficients.slope is not None
     if tiling.specialized and x.tma and w.tma:
         from entropy_fast.kernels.linear_hopper import tiles_kernel
 
-        target, *coefficients = per_row
         launch(
             tiles_kernel,
             programs,
-            (target, x.scale, w.scale, bias, *coefficients),
+            (local_targets, x.scale, w.scale, bias, *part.coefficients),
             (rows, columns, x.width, n_units),
             scalars,
             # a tile of dz takes the fourth buffer's place in shared memory
@@ -378,7 +377,8 @@ def _slab_dlogits(
             x.scale,
             w.scale,
             bias,
-            *per_row,
+            local_targets,
+            *part.coefficients,
             rows,
             columns,
             x.width,
@@ -387,19 +387,16 @@ def _slab_dlogits(
             dz.stride,
             n_units,
             *scalars,
-            TMA=tma,
-            num_warps=tiling.num_warps,
-            # a tile of dz takes the third buffer's place in shared memory
-            num_stages=2,
-            BM=tiling.BM,
-            BN=tiling.BN,
-            BK=tiling.BK,
-            GROUP=tiling.GROUP,
+            **tiling.sizes,
             PROGRAMS=programs,
+            TMA=tma,
             PARTS=x.parts,
             HAS_BIAS=bias is not None,
             SOFTCAP=softcap,
             HAS_ENTROPY=has_entropy,
+            num_warps=tiling.num_warps,
+            # a tile of dz takes the third buffer's place in shared memory
+            num_stages=2,
         )
     high = dz.data[:, :columns]
     return [high, dz.data[:, padded : padded + columns]] if x.parts else [high]

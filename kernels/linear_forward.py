@@ -189,16 +189,6 @@ def tile_partials(
                 descriptors=(x.gluon_source(tiling.BM, tiling.BK), w.gluon_source(tiling.BN, tiling.BK)),
             )
             continue
-        options = {
-            "BM": tiling.BM,
-            "BN": tiling.BN,
-            "BK": tiling.BK,
-            "GROUP": tiling.GROUP,
-            "PROGRAMS": programs,
-            "PARTS": x.parts,
-            "HAS_BIAS": bias is not None,
-            "SOFTCAP": softcap,
-        }
         tma = tiling.tma and x.tma and w.tma
         linear_stats_kernel[(programs,)](
             x.source(tiling.BM, tiling.BK, tma),
@@ -215,10 +205,14 @@ def tile_partials(
             w.stride,
             n_units,
             *scalars,
+            **tiling.sizes,
+            PROGRAMS=programs,
             TMA=tma,
+            PARTS=x.parts,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
-            **options,
         )
     return tiles
 

@@ -19,20 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from entropy_fast.kernels.linear_tiles import LOG2E, LOWEST, tile_of
+
 # Renamed in Triton 3.7 or later.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-1e30)
-
-
-@gluon.jit
-def _tile_of(unit, n_row_tiles, n_col_tiles, GROUP: gl.constexpr):
-    per_group = GROUP * n_col_tiles
-    first = (unit // per_group) * GROUP
-    rows_in_group = min(n_row_tiles - first, GROUP)
-    return first + (unit % per_group) % rows_in_group, (unit % per_group) // rows_in_group
 
 
 @gluon.jit
@@ -61,7 +52,7 @@ def _loader(
     if PARTS:
         steps = 3 * steps
     for unit in range(gl.program_id(0), n_units, PROGRAMS):
-        row_tile, col_tile = _tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
+        row_tile, col_tile = tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
         for step in range(steps):
             k_hidden = step * BK
             k_weight = k_hidden
@@ -159,7 +150,7 @@ def _worker(
     if PARTS:
         steps = 3 * steps
     for unit in range(gl.program_id(0), n_units, PROGRAMS):
-        row_tile, col_tile = _tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
+        row_tile, col_tile = tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
         if RUN == 0:
             acc, stage, phase = _run(HALF, a_ring, b_ring, full, empty, stage, phase, steps, ROWS, BN, STAGES)
         else:

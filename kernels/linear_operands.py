@@ -43,6 +43,11 @@ class Tiling:
     specialized: bool = False
     run: int = 0
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The kernels' first constants."""
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK, "GROUP": self.GROUP}
+
 
 # Measured on one H100: bench/NOTES.md.
 HOPPER = Tiling(BM=128, BN=256, BK=64, GROUP=8, num_warps=8, num_stages=3, tma=True, specialized=True)
@@ -107,10 +112,7 @@ def hopper_variant(
 ) -> Variant:
     """Of the kernel of `linear_hopper`."""
     constants = {
-        "BM": tiling.BM,
-        "BN": tiling.BN,
-        "BK": tiling.BK,
-        "GROUP": tiling.GROUP,
+        **tiling.sizes,
         "PROGRAMS": programs,
         "STAGES": stages,
         "RUN": tiling.run,

@@ -317,7 +317,8 @@ def _launch(
             partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=partials.dtype, device=device)
         if active is None:
             split = rows < few
-            counters = torch.zeros(2 + few, dtype=torch.int32, device=device) if split else partials.view(torch.int32)
+            count = counter_count(settings, device)
+            counters = torch.zeros(count, dtype=torch.int32, device=device) if split else partials.view(torch.int32)
     if active is None:
         # the hardware hands out the rows
         programs = rows * (segments if rows < few else 1)

@@ -19,13 +19,23 @@ def bench(*arguments):
     return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_logits_and_its_plot(tmp_path):
-    out = tmp_path / "logits.json"
-    shapes = ("--shapes", "4x50", "3x1000", "--without-peers", "--dtype", "float32")
-    run = bench("logits", *shapes, "--out", str(out))
+def result_of(folder, name, *arguments):
+    """What a benchmark wrote, and its picture."""
+    out = folder / f"{name}.json"
+    run = bench(name, *arguments, "--out", str(out))
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads(out.read_text())
     assert set(result) == {"command", "commit", "gpu", "versions", "rows"}
+    picture = folder / f"{name}.png"
+    plot = bench("plots", str(out), "-o", str(picture))
+    assert plot.returncode == 0, plot.stderr[-2000:]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    return result, run.stdout
+
+
+def test_logits_and_its_plot(tmp_path):
+    shapes = ("--shapes", "4x50", "3x1000", "--without-peers", "--dtype", "float32")
+    result, _ = result_of(tmp_path, "logits", *shapes)
     assert result["command"].startswith("python -m bench logits --shapes 4x50")
     assert all(set(row) == COLUMNS for row in result["rows"])
     for op in ("forward", "backward"):
@@ -35,21 +45,14 @@ def test_logits_and_its_plot(tmp_path):
         assert all(row["ms"] > 0 and row["of_floor"] > 0 for row in rows)
     errors = [row["error_logprob"] for row in result["rows"] if (row["op"], row["impl"]) == ("forward", "entropy_fast")]
     assert max(errors) < 3e-6
-    plot = bench("plots", str(out), "-o", str(tmp_path / "logits.png"))
-    assert plot.returncode == 0, plot.stderr[-2000:]
-    assert (tmp_path / "logits.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_linear_and_its_plot(tmp_path):
-    out = tmp_path / "linear.json"
     ours = ["entropy_fast exact", "entropy_fast accurate", "entropy_fast fast"]
     others = ["gemm tf32", "read", "eager"]
     choice = ("--rounds", "1", "--dtype", "float32", "--impls", *ours, *others)
-    run = bench("linear", "--shapes", "6x16x50", "300x8x20", *choice, "--out", str(out))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "6 × 16 × 50" in run.stdout
-    result = json.loads(out.read_text())
-    assert set(result) == {"command", "commit", "gpu", "versions", "rows"}
+    result, printed = result_of(tmp_path, "linear", "--shapes", "6x16x50", "300x8x20", *choice)
+    assert "6 × 16 × 50" in printed
     assert all(set(row) - ALONE == COLUMNS | {"distribution", "tflops"} for row in result["rows"])
     for op in ("forward", "forward+backward", "forward+backward, frozen head"):
         for distribution in ("flat", "rollouts"):
@@ -68,17 +71,11 @@ def test_linear_and_its_plot(tmp_path):
             assert math.isclose(row["tflops"] * row["ms"] * 1e9, 2 * n * d * v * gemms[row["op"]])
     errors = [row["error_logprob"] for row in result["rows"] if row["op"] == "forward" and row["impl"] in ours]
     assert max(errors) < 1e-5
-    plot = bench("plots", str(out), "-o", str(tmp_path / "linear.png"))
-    assert plot.returncode == 0, plot.stderr[-2000:]
-    assert (tmp_path / "linear.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_linear_measures_only_what_is_asked_for(tmp_path):
-    out = tmp_path / "linear.json"
     choice = ("--impls", "entropy_fast filtered", "--ops", "frozen", "--flat-only", "--rounds", "1")
-    run = bench("linear", "--shapes", "300x8x20", *choice, "--out", str(out))
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = json.loads(out.read_text())["rows"]
+    rows = result_of(tmp_path, "linear", "--shapes", "300x8x20", *choice)[0]["rows"]
     assert [row["impl"] for row in rows] == ["gemm", "entropy_fast filtered"]
     assert {(row["op"], row["distribution"]) for row in rows} == {("forward+backward, frozen head", "flat")}
 

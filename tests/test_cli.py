@@ -38,14 +38,6 @@ def fails(*arguments: object) -> str:
     return lines[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A barely trained model and the same one after a small random step, with rollouts of the first."""

@@ -16,14 +16,6 @@ from entropy_fast.sampling import sample_rollouts
 SIZE = {"training_steps": 60, "group_size": 6}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "report"
