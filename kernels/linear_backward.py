@@ -31,6 +31,7 @@ from entropy_fast.kernels.linear_operands import (
     Tiling,
     filter_columns,
     hopper_variant,
+    plain_options,
     program_count,
     tiling_for,
 )
@@ -387,14 +388,8 @@ def _slab_dlogits(
             dz.stride,
             n_units,
             *scalars,
-            **tiling.sizes,
-            PROGRAMS=programs,
-            TMA=tma,
-            PARTS=x.parts,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap,
+            **plain_options(tiling, programs, tma, x.parts, bias is not None, softcap),
             HAS_ENTROPY=has_entropy,
-            num_warps=tiling.num_warps,
             # a tile of dz takes the third buffer's place in shared memory
             num_stages=2,
         )

@@ -24,6 +24,7 @@ from entropy_fast.kernels.linear_operands import (
     Tiling,
     filter_columns,
     hopper_variant,
+    plain_options,
     program_count,
     slabs,
     tiling_for,
@@ -205,13 +206,7 @@ def tile_partials(
             w.stride,
             n_units,
             *scalars,
-            **tiling.sizes,
-            PROGRAMS=programs,
-            TMA=tma,
-            PARTS=x.parts,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap,
-            num_warps=tiling.num_warps,
+            **plain_options(tiling, programs, tma, x.parts, bias is not None, softcap),
             num_stages=tiling.num_stages,
         )
     return tiles

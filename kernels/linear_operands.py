@@ -99,6 +99,14 @@ def program_count(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def plain_options(
+    tiling: Tiling, programs: int, tma: bool, parts: bool, has_bias: bool, softcap: bool
+) -> dict[str, Any]:
+    """Constants and warps of the kernels in plain Triton."""
+    flags = {"TMA": tma, "PARTS": parts, "HAS_BIAS": has_bias, "SOFTCAP": softcap}
+    return {**tiling.sizes, "PROGRAMS": programs, **flags, "num_warps": tiling.num_warps}
+
+
 @functools.cache
 def hopper_variant(
     tiling: Tiling,
