@@ -135,6 +135,7 @@ class MemoryConfig:
         packing: lay sequences out in one row without padding, each prompt once for all its completions: `auto` where
             a trial on the model shows that it changes nothing, true always (an error says why a model cannot), false
             never.
+        fusion: run norms, gated activations and rotary positions as one kernel each on a GPU; likewise.
     """
 
     amp: bool = False
@@ -145,6 +146,7 @@ class MemoryConfig:
     token_budget: int | None = None
     precision: Literal["as_loaded", "float32", "tf32"] = "as_loaded"
     packing: Literal["auto", True, False] = "auto"
+    fusion: Literal["auto", True, False] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("importance_microbatch_size", "microbatch_size", "teacher_force_microbatch_size", "token_budget"):

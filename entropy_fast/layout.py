@@ -89,10 +89,12 @@ class Layout:
     Attributes:
         microbatches: tuples of sequence indices. Sequences without a scored token are in none.
         packed: each microbatch is one row without padding, its prompts shared; else right-padded rows.
+        fused: the model's elementwise layers run fused (see `fusion`).
     """
 
     microbatches: tuple[tuple[int, ...], ...]
     packed: bool = False
+    fused: bool = False
 
     @classmethod
     def by_tokens(cls, input_lengths: Tensor, token_budget: int, max_sequences: int | None = None) -> Layout:

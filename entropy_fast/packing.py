@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from entropy_fast.fusion import is_compiled
 from entropy_fast.microbatch import Segments
 
 NAME = "entropy_fast_packed"
@@ -42,12 +43,11 @@ class PackingUnsupportedError(RuntimeError):
 
 
 @contextlib.contextmanager
-def packed_attention(model: nn.Module, segments: Segments) -> Iterator[None]:
-    """While entered, `model` reads one row (1, tokens) that is laid out as `segments` say."""
+def packed_attention(configs: Sequence[Any], segments: Segments) -> Iterator[None]:
+    """While entered, the model of these `attention_configs` reads one row (1, tokens), laid out as `segments` say."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
-    configs = _attention_configs(model)
     before = [config._attn_implementation_internal for config in configs]
     token = _ROW.set(_Row(segments, {id(c): name for c, name in zip(configs, before, strict=True)}))
     try:
@@ -61,14 +61,14 @@ def packed_attention(model: nn.Module, segments: Segments) -> Iterator[None]:
         _ROW.reset(token)
 
 
-def static_obstacle(model: nn.Module) -> str:
+def packing_obstacle(model: nn.Module) -> str:
     """Why `model` cannot be packed, as far as its class and configuration tell; empty when they do not object."""
-    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()) or hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         return "it is compiled, and would be compiled again for every layout"
     checks = [check for m in model.modules() if callable(check := getattr(m, "_can_set_attn_implementation", None))]
     if not checks or not all(check() for check in checks):
         return "its attention cannot be chosen by name"
-    for config in _attention_configs(model):
+    for config in attention_configs(model):
         if getattr(config, "is_encoder_decoder", False):
             return "it is an encoder-decoder"
         if getattr(config, "attention_chunk_size", None):
@@ -81,14 +81,15 @@ def dropped_softcap(model: nn.Module) -> float | None:
 
     Some releases of transformers do so without a word; others refuse, and never run such a model.
     """
-    for config in _attention_configs(model):
+    for config in attention_configs(model):
         softcap = getattr(config, "attn_logit_softcapping", None)
         if softcap is not None and config._attn_implementation_internal == "sdpa":
             return float(softcap)
     return None
 
 
-def _attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
+    """The configurations by which a model's layers choose their attention."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

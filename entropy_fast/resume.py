@@ -58,8 +58,8 @@ def score_resumable(
     scoring = scoring or Scoring()
     # once for all shards, so that they count the same tokens and are laid out in the same way
     scoring = replace(scoring, counting=scoring.counting or Counting(eos_token_ids(model)))
-    whole = Scorer(model, rollouts, scoring, packing=scoring.packing)
-    scoring = replace(scoring, packing=whole.layout.packed)
+    whole = Scorer(model, rollouts, scoring, packing=scoring.packing, fusion=scoring.fusion)
+    scoring = replace(scoring, packing=whole.layout.packed, fusion=whole.layout.fused)
     folder = Path(directory)
     shards = _shards(rollouts, shard_sequences)
     _claim(folder, _fingerprint(model, rollouts, scoring, shards))
@@ -78,8 +78,8 @@ def score_resumable(
         logprob=torch.cat([part["logprob"] for part in parts]).to(device),
         entropy=torch.cat([part["entropy"] for part in parts]).to(device) if scoring.entropy else None,
         masks=whole.masks,
-        layout=Layout(
-            tuple(tuple(group) for part in parts for group in part["microbatches"]), packed=whole.layout.packed
+        layout=replace(
+            whole.layout, microbatches=tuple(tuple(group) for part in parts for group in part["microbatches"])
         ),
     )
 
@@ -122,7 +122,7 @@ def _inside(layout: Layout, shard: range) -> Layout:
             "scoring.layout has microbatches across shards; take the layout of an earlier score_resumable with the "
             "same rollouts and shard_sequences"
         )
-    return Layout(tuple(tuple(i - shard.start for i in group) for group in groups), layout.packed)
+    return replace(layout, microbatches=tuple(tuple(i - shard.start for i in group) for group in groups))
 
 
 def _write(path: Path, content: dict[str, object]) -> None:

@@ -49,6 +49,9 @@ class Scoring:
         packing: lay microbatches out as one row without padding, every prompt once for all its completions. None
             does so where it was verified on the model to give what right-padded rows give; True insists, with an
             error that says why it cannot; False never does. Passes with gradients are always padded.
+        fusion: run norms, gated activations and rotary positions as one kernel each, on a CUDA GPU. None does so where
+            it was verified on the model to give what its own code gives; True insists, False never does. Passes with
+            gradients never do.
         layout: microbatches made earlier (`Scores.layout`), so that rounding is the same; None makes them.
         precision: see `model_precision`.
         autocast: the dtype to run the model under autocast in, None for no autocast.
@@ -60,6 +63,7 @@ class Scoring:
     token_budget: int | None = None
     max_sequences: int | None = None
     packing: bool | None = None
+    fusion: bool | None = None
     layout: Layout | None = None
     precision: Precision = "as_loaded"
     autocast: torch.dtype | None = None
@@ -86,6 +90,7 @@ class Scoring:
             max_sequences=differentiable if gradients else memory.importance_microbatch_size,
             precision="float32" if master else memory.precision if not gradients else "as_loaded",
             packing=None if memory.packing == "auto" else memory.packing,
+            fusion=None if memory.fusion == "auto" else memory.fusion,
             autocast=getattr(torch, memory.dtype) if memory.amp else None,
         )
 
@@ -147,7 +152,7 @@ def score(
     """
     scoring = replace(scoring or Scoring(), **options)
     with torch.no_grad(), evaluation_mode(model):
-        scorer = Scorer(model, rollouts, scoring, packing=scoring.packing)
+        scorer = Scorer(model, rollouts, scoring, packing=scoring.packing, fusion=scoring.fusion)
         finished: list[tuple[Microbatch, TokenStats]] = []
         total = int(scorer.dense.input_lengths.sum())
         done = 0
@@ -166,7 +171,7 @@ def score(
         if entropy is not None:
             entropy[rows, columns] = stats.entropy.to(logprob.device)
     _require_finite(logprob, entropy, scorer.masks)
-    executed = Layout(tuple(batch.sequences for batch, _ in finished), scorer.layout.packed)
+    executed = replace(scorer.layout, microbatches=tuple(batch.sequences for batch, _ in finished))
     return Scores(logprob, entropy, scorer.masks, executed)
 
 
@@ -177,14 +182,22 @@ class Scorer:
         model: a causal language model.
         rollouts: what is scored.
         scoring: how.
-        packing: see `Scoring`; packed passes have no gradients.
+        packing, fusion: see `Scoring`; packed and fused passes have no gradients.
 
     Raises:
-        InputError: a token id is outside the vocabulary, the model is not causal, or packing was asked for and the
-            model cannot be packed.
+        InputError: a token id is outside the vocabulary, the model is not causal, or packing or fusion was asked for
+            and the model cannot be packed or fused.
     """
 
-    def __init__(self, model: nn.Module, rollouts: Rollouts, scoring: Scoring, *, packing: bool | None = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rollouts: Rollouts,
+        scoring: Scoring,
+        *,
+        packing: bool | None = False,
+        fusion: bool | None = False,
+    ) -> None:
         self.model = model
         self.scoring = scoring
         self.head = find_head(model)
@@ -195,7 +208,7 @@ class Scorer:
         self.device = input_embedding(model).device
         self._trunk = Trunk(model, self.head)
         self._result_device = rollouts.tokens.device
-        self.layout = self._plan(packing)
+        self.layout = self._plan(packing, fusion)
         self._most_tokens: float = float("inf")
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
@@ -217,7 +230,7 @@ class Scorer:
 
     def stats(self, batch: Microbatch) -> TokenStats:
         """Log-prob and entropy of the active positions of one microbatch, differentiable where gradients are on."""
-        states = self._trunk(batch)
+        states = self._trunk(batch, fused=self.layout.fused)
         if self.head.mode == "logits":
             return token_stats(states, batch.targets.to(states.device), temperature=self.scoring.temperature)
         if self.head.mode == "fused":
@@ -254,26 +267,33 @@ class Scorer:
         parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in pairs]
         return TokenStats(torch.cat([p.logprob for p in parts]), torch.cat([p.entropy for p in parts]), None)
 
-    def _plan(self, packing: bool | None) -> Layout:
+    def _plan(self, packing: bool | None, fusion: bool | None) -> Layout:
         scoring, budget = self.scoring, self._token_budget()
         setting = (scoring.precision, scoring.autocast)
         fitness = self._trunk.fitness(self.dense, self.device, self.scope, setting, budget)
         name = type(unwrap(self.model)).__name__
-        if fitness.packed and (packing or (scoring.layout is not None and scoring.layout.packed)):
-            raise InputError(
-                f"{name} cannot be packed, because {fitness.packed}; score (both policies) with packing=False"
-            )
+        for what, obstacle, wanted, given in (
+            ("packed", fitness.packed, packing, scoring.layout is not None and scoring.layout.packed),
+            ("fused", fitness.fused, fusion, scoring.layout is not None and scoring.layout.fused),
+        ):
+            if obstacle and (wanted or given):
+                option = {"packed": "packing", "fused": "fusion"}[what]
+                raise InputError(
+                    f"{name} cannot be {what}, because {obstacle}; score (both policies) with {option}=False"
+                )
         if scoring.layout is not None:
             return scoring.layout
+        fused = fusion is not False and not fitness.fused
         if packing is not False and not fitness.packed:
-            return Layout.by_prompt(self.dense, budget, scoring.max_sequences)
+            return replace(Layout.by_prompt(self.dense, budget, scoring.max_sequences), fused=fused)
         if fitness.padded:
             warnings.warn(
                 f"{name}: sequences are scored one at a time, because {fitness.padded}",
                 EntropyFastWarning,
                 stacklevel=4,
             )
-        return Layout.by_tokens(self.dense.input_lengths, budget, 1 if fitness.padded else scoring.max_sequences)
+        most = 1 if fitness.padded else scoring.max_sequences
+        return replace(Layout.by_tokens(self.dense.input_lengths, budget, most), fused=fused)
 
     def _token_budget(self) -> int:
         if self.scoring.token_budget is not None:

@@ -1,15 +1,17 @@
-"""The pass through a model up to its head, and which ways of laying sequences out it can be trusted with.
+"""The pass through a model up to its head, and which layouts and which fused layers it can be trusted with.
 
 What a layout may do to a model is not read off its class but tried, the first time that it is seen and whenever
 sequences get longer: a few of the very sequences that are to be scored go through alone, right-padded and packed, in
 float32, and have to come out the same. That covers what no list of classes can: recurrent layers that would run on
 from one sequence into the next, positions counted in an unusual way, masks of a model's own, attention that isn't
 causal. In the precision of the scoring itself, the packed pass must come as near to float32 as the padded one does.
+The same trial decides whether layers may run fused (see `fusion`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.errors import EntropyFastWarning, InputError
+from entropy_fast.functional.linear_operators import has_triton
+from entropy_fast.fusion import Fusion, is_compiled
 from entropy_fast.heads import Head, accepts, forward_kwargs, unwrap
 from entropy_fast.layout import DenseRollouts
 from entropy_fast.microbatch import Microbatch, packed, padded
-from entropy_fast.packing import dropped_softcap, packed_attention, static_obstacle
+from entropy_fast.packing import attention_configs, dropped_softcap, packed_attention, packing_obstacle
 from entropy_fast.precision import evaluation_mode, model_precision
 
 Scope = Callable[[], contextlib.AbstractContextManager[None]]
@@ -30,12 +34,12 @@ Scope = Callable[[], contextlib.AbstractContextManager[None]]
 # Relative difference of a hidden state between two layouts in float32. Rounding gives 1e-6 to 1e-5, tens of layers
 # deep; looking at one wrong token gives 1e-3 and more.
 _TOLERANCE = 1e-4
-# Squared distance from float32 in low precision, packed over padded: how much worse than the padded pass is allowed.
+# Squared distance from float32 in low precision, over the plain padded pass's: how much worse is allowed.
 _NOISE_RATIO = 4.0
 # Sequences are not cut below this for a trial.
 _SHORTEST = 64
-# A packed row may differ by this, or by so many times what padding differs by, which is rounding, where that is more.
-_PACKED_TOLERANCE = 1e-5
+# Another way may differ by this, or by so many times what padding differs by, which is rounding, where that is more.
+_STRICT_TOLERANCE = 1e-5
 _ROUNDING_RATIO = 4.0
 # Trials before a mixture of experts is denied a layout. A fault of the layout shows in every one; two experts that are
 # nearly tied for a token can change places by rounding alone, which other tokens will hardly repeat.
@@ -49,21 +53,33 @@ _CAUSAL_SWITCHES = {"causal": True, "attn_type": "uni", "use_bidirectional_atten
 
 @dataclass(frozen=True)
 class Fitness:
-    """Which layouts a model can be trusted with.
+    """What a model can be trusted with.
 
     Attributes:
+        fused: why its layers do not run fused; empty when they can.
         packed: why it cannot be packed; empty when it can.
         padded: why sequences cannot share right-padded rows; empty when they can.
         causal: whether a token's hidden state depends on no later token.
     """
 
+    fused: str = ""
     packed: str = ""
     padded: str = ""
     causal: bool = True
 
     def __or__(self, other: Fitness) -> Fitness:
         """What either of two trials allows."""
-        return Fitness(self.packed and other.packed, self.padded and other.padded, self.causal or other.causal)
+        return Fitness(
+            self.fused and other.fused,
+            self.packed and other.packed,
+            self.padded and other.padded,
+            self.causal or other.causal,
+        )
+
+    @classmethod
+    def neither(cls, why: str, *, causal: bool = True) -> Fitness:
+        """For a model whose sequences go through alone, as its own code has it."""
+        return cls(why, why, why, causal)
 
 
 class Trunk:
@@ -80,14 +96,25 @@ class Trunk:
         self._base = unwrap(model)
         self._kwargs = forward_kwargs(self._base)
         self._takes_positions = accepts(self._base, "position_ids")
+        self._configs = attention_configs(self._base)
 
-    def __call__(self, batch: Microbatch) -> Tensor:
-        """(R, width): the head's inputs at the active positions; in mode `logits`, the logits there."""
+    @functools.cached_property
+    def _fusion(self) -> Fusion:
+        return Fusion(self._base)
+
+    def __call__(self, batch: Microbatch, *, fused: bool = False) -> Tensor:
+        """(R, width): the head's inputs at the active positions; in mode `logits`, the logits there.
+
+        With `fused`, layers that have a kernel run by it; not in passes with gradients.
+        """
         kwargs = dict(self._kwargs)
         if batch.segments is not None:
             kwargs["position_ids"] = batch.position_ids
-        attention = contextlib.nullcontext() if batch.segments is None else packed_attention(self._base, batch.segments)
-        with attention:
+        with contextlib.ExitStack() as ways:
+            if batch.segments is not None:
+                ways.enter_context(packed_attention(self._configs, batch.segments))
+            if fused:
+                ways.enter_context(self._fusion.active())
             if self.head.mode == "logits":
                 output = self.model(input_ids=batch.input_ids, **kwargs).logits
             else:
@@ -99,7 +126,7 @@ class Trunk:
     def fitness(
         self, dense: DenseRollouts, device: torch.device, scope: Scope, setting: object, token_budget: int
     ) -> Fitness:
-        """Try the layouts on some of the sequences, unless that is known already.
+        """Try the layouts and the fused layers on some of the sequences, unless that is known already.
 
         The model ran before, for its head. Where SDPA let it do so without its softcap, one warning says so.
 
@@ -117,7 +144,7 @@ class Trunk:
         longest = min(int(dense.input_lengths.max()), limit)
         known = _KNOWN.setdefault(self._base, {})
         attention = getattr(getattr(self._base, "config", None), "_attn_implementation", None)
-        key = (self.head.mode, attention, setting)
+        key = (self.head.mode, attention, setting, device.type)
         if key in known and known[key][0] >= longest:
             return known[key][1]
         softcap = dropped_softcap(self._base)
@@ -130,18 +157,20 @@ class Trunk:
                 EntropyFastWarning,
                 stacklevel=5,
             )
-        obstacle = self._static_obstacle()
+        obstacles = Fitness(fused=self._fusion_obstacle(device), packed=self._packing_obstacle())
         fitness: Fitness | None = None
         with torch.no_grad(), evaluation_mode(self._base):
             for trial in range(_TRIALS if _has_experts(self._base) else 1):
                 try:
-                    found = self._try(_sample(dense, limit, trial), device, scope, obstacle)
+                    found = self._try(_sample(dense, limit, trial), device, scope, obstacles)
                 except torch.OutOfMemoryError:
-                    return Fitness(packed="there was no memory to verify it")
+                    why = "there was no memory to verify it"
+                    return Fitness(why, why)
                 if found is None:
-                    return Fitness(packed="its hidden states are not finite")
+                    why = "its hidden states are not finite"
+                    return Fitness(why, why)
                 fitness = found if fitness is None else fitness | found
-                if not fitness.padded and (obstacle or not fitness.packed):
+                if fitness == obstacles:  # nothing but what cannot change
                     break
         assert fitness is not None
         if not fitness.causal:
@@ -152,20 +181,27 @@ class Trunk:
         known[key] = (longest, fitness)
         return fitness
 
-    def _static_obstacle(self) -> str:
-        obstacle = static_obstacle(self._base)
+    def _fusion_obstacle(self, device: torch.device) -> str:
+        if device.type != "cuda" or not has_triton(device):
+            return "its layers have kernels for GPUs with Triton alone"
+        if is_compiled(self._base):
+            return "it is compiled, and would be compiled again"
+        return "" if len(self._fusion) else "none of its layers is spelled as those that have a kernel"
+
+    def _packing_obstacle(self) -> str:
+        obstacle = packing_obstacle(self._base)
         if self.head.mode == "logits":
             obstacle = obstacle or "its own logits are needed"
         if not self._takes_positions:
             obstacle = obstacle or "its forward takes no position_ids"
         return obstacle
 
-    def _try(self, sample: DenseRollouts, device: torch.device, scope: Scope, obstacle: str) -> Fitness | None:
+    def _try(self, sample: DenseRollouts, device: torch.device, scope: Scope, obstacles: Fitness) -> Fitness | None:
         everything = range(len(sample.tokens))
 
-        def wide(batch: Microbatch) -> Tensor:
+        def wide(batch: Microbatch, *, fused: bool = False) -> Tensor:
             with model_precision(self._base, "float32"):
-                return self(batch).float()
+                return self(batch, fused=fused).float()
 
         def alone(i: int, dense: DenseRollouts = sample) -> Tensor:
             return wide(padded(dense, [i], device, device))
@@ -181,38 +217,34 @@ class Trunk:
             why = "its hidden states depend on the length of a sequence"
             piece = sample.shortened([0], [min(int(sample.input_lengths[0]), _PIECE)])
             states, other = (alone(0, x)[:-1] for x in (piece, _with_another_end(piece)))
-            return Fitness(why, why, causal=_distance(states, other) <= _TOLERANCE)
+            return Fitness.neither(why, causal=_distance(states, other) <= _TOLERANCE)
         truth = torch.cat(singles)
         rounding = _distance(reference, truth)
         if rounding > _TOLERANCE:
             why = "its hidden states depend on padding"
-            return Fitness(why, why)
-        return Fitness(packed=obstacle or self._packing_obstacle(wide, scope, together, row, truth, rounding))
+            return Fitness.neither(why)
+        tolerance = min(_TOLERANCE, max(_STRICT_TOLERANCE, _ROUNDING_RATIO * rounding))
 
-    def _packing_obstacle(
-        self,
-        wide: Callable[[Microbatch], Tensor],
-        scope: Scope,
-        together: Microbatch,
-        row: Microbatch,
-        truth: Tensor,
-        rounding: float,
-    ) -> str:
-        # the packed row scores the same positions in another order
-        order = _order_of(together, row)
-        try:
-            result = wide(row)[order]
-            if not _distance(result, truth) <= min(_TOLERANCE, max(_PACKED_TOLERANCE, _ROUNDING_RATIO * rounding)):
-                return "its hidden states came out differently when packed"
-            with scope():
-                noise, own = (_mean_square(x.float(), truth) for x in (self(together), self(row)[order]))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model may fail in any way on a row that it wasn't written for
-            return f"it failed when packed ({type(error).__name__}: {error})"
-        if not own <= _NOISE_RATIO * noise + _TOLERANCE**2:
-            return f"its rounding noise grew from {noise**0.5:.1e} to {own**0.5:.1e} when packed"
-        return ""
+        def obstacle(batch: Microbatch, fused: bool, when: str) -> str:
+            # a packed row scores the same positions in another order
+            order = _order_of(together, batch)
+            try:
+                if not _distance(wide(batch, fused=fused)[order], truth) <= tolerance:
+                    return f"its hidden states came out differently when {when}"
+                with scope():
+                    noise, own = (
+                        _mean_square(x.float(), truth) for x in (self(together), self(batch, fused=fused)[order])
+                    )
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a model may fail in any way on a row that it wasn't written for
+                return f"it failed when {when} ({type(error).__name__}: {error})"
+            if not own <= _NOISE_RATIO * noise + _TOLERANCE**2:
+                return f"its rounding noise grew from {noise**0.5:.1e} to {own**0.5:.1e} when {when}"
+            return ""
+
+        fused = obstacles.fused or obstacle(together, True, "fused")
+        return Fitness(fused, obstacles.packed or obstacle(row, not fused, "packed"))
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, Fitness]]] = weakref.WeakKeyDictionary()

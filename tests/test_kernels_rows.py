@@ -5,39 +5,21 @@ started by `test_in_the_interpreter`.
 """
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from entropy_fast.kernels.device import log1p_below_half, one_minus_exp, tanh  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it")
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the other half")
+@starter
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    run = subprocess.run(
-        [*command, "--import-mode=importlib", __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert re.search(r"[1-9]\d* passed", run.stdout)
+    run_interpreted(__file__)
 
 
 def small(segments=3, split=100):
@@ -301,17 +283,6 @@ def _compile(kernel, logits_type, constants, target, **options):
     return triton.compile(source, target=GPUTarget(backend, arch, 64 if backend == "hip" else 32), options=options)
 
 
-def _stack_bytes(compiled, tmp_path):
-    """Bytes of stack a thread, which is where ptxas spills to, from the cubin's resource usage."""
-    from triton.backends.nvidia import driver
-
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(driver.__file__).parent / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
-
-
 def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
@@ -350,7 +321,7 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
             if target == ("cuda", 90):
                 # two registers, once a row, are the price of an eighth program where rows start anywhere
                 allowed = 8 if "maxnreg" in options and not aligned else 0
-                assert _stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
+                assert stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
             if target[0] == "cuda" and aligned:
                 assert re.search(
                     r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
@@ -371,7 +342,7 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
         constants |= dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
     compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, num_warps=settings.warps)
     if target == ("cuda", 90):
-        assert _stack_bytes(compiled, tmp_path) == 0
+        assert stack_bytes(compiled, tmp_path) == 0
     if target[0] == "cuda":
         assert re.search(r"st\.global[\w.:]*\.v(4\.b32|2\.b64)", compiled.asm["ptx"])
 

@@ -11,7 +11,7 @@ from entropy_fast.config import Config
 from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.layout import DenseRollouts, Layout
 from entropy_fast.microbatch import Segments, packed
-from entropy_fast.packing import attention, packed_attention
+from entropy_fast.packing import attention, attention_configs, packed_attention
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.scoring import Scorer, Scoring, score
 
@@ -69,7 +69,7 @@ def test_a_softcap_and_a_sink_enter_the_softmax():
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
     sink = torch.randn(2, dtype=torch.float64)
     model = tiny("llama")
-    with packed_attention(model, Segments((5,), (5,), None)):
+    with packed_attention(attention_configs(model), Segments((5,), (5,), None)):
         out, _ = attention(torch.nn.Module(), q, k, v, None, scaling=0.5, softcap=2.0, s_aux=sink)
     for head in range(2):
         for i in range(5):

@@ -42,7 +42,7 @@ def implementation(hidden: torch.Tensor, precision: str) -> Any:
 
     float64 and exact float32 are the library's GEMMs whatever the device; so is everything where Triton has no kernels.
     """
-    if hidden.device.type != "cuda" or hidden.dtype == torch.float64 or not _has_triton(hidden.device):
+    if hidden.device.type != "cuda" or hidden.dtype == torch.float64 or not has_triton(hidden.device):
         return reference
     from entropy_fast.kernels import linear
 
@@ -50,7 +50,8 @@ def implementation(hidden: torch.Tensor, precision: str) -> Any:
     return reference if hidden.dtype == torch.float32 and exact else linear
 
 
-def _has_triton(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for this GPU."""
     try:
         import triton  # noqa: F401
     except ImportError:
