@@ -17,7 +17,8 @@ _LOW = (torch.bfloat16, torch.float16)
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """`model.eval()` while entered; every module gets its own training flag back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # setting the flag of a thousand modules takes milliseconds
+        model.eval()
     try:
         yield
     finally:
