@@ -16,9 +16,7 @@ probabilities do not vanish.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -185,34 +183,170 @@ def slab_columns(rows: int, vocab: int, tiling: Tiling) -> int:
     return min(ceil_div(columns, tiling.BN), ceil_div(vocab, tiling.BN)) * tiling.BN
 
 
-def _slabs(
-    rows: _Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slabs of the vocabulary, each with room for its dz.
+class _Rows(NamedTuple):
+    """Hidden states with what dz needs of each row; targets count from the slab's first column."""
 
-    Until the last slabs are reached, that room is where their rows of dWeight will be; they get a smaller one.
+    hidden: torch.Tensor
+    operand: Operand
+    targets: torch.Tensor
+    coefficients: RowCoefficients
+
+
+class _Slab(NamedTuple):
+    """Columns of the vocabulary, the rows whose dz is computed there (None for none), and room for that dz, flat.
+
+    The rows are those that every slab takes, and then, if there are such, those at `scattered` among the others.
     """
-    columns = slab_columns(len(rows.targets), vocab, tiling)
-    entries = rows.entries(columns)
+
+    columns: slice
+    rows: _Rows | None
+    scattered: torch.Tensor | None
+    room: torch.Tensor
+
+
+def _dz_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.bfloat16 if hidden.dtype == torch.float32 else hidden.dtype
+
+
+def _pitch(columns: int, hidden: torch.Tensor) -> int:
+    """Entries from one row of dz to the next."""
+    return columns * (2 if hidden.dtype == torch.float32 else 1) + PITCH
+
+
+def _room(rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor:
+    """For one slab of dz."""
+    return torch.empty(rows * _pitch(columns, hidden), dtype=_dz_dtype(hidden), device=hidden.device)
+
+
+def _slabs(rows: _Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None) -> Iterator[_Slab]:
+    """All rows, slab by slab.
+
+    Until the last slabs are reached, their dz lies where those slabs' rows of dWeight will be; they get a smaller room.
+    """
+    total = len(rows.targets)
+    columns = slab_columns(total, vocab, tiling)
+    entries = total * _pitch(columns, rows.hidden)
     borrowed = 0
-    if d_weight is not None and d_weight.dtype == rows.dtype and 4 * entries <= d_weight.numel():
+    if d_weight is not None and d_weight.dtype == _dz_dtype(rows.hidden) and 4 * entries <= d_weight.numel():
         borrowed = (vocab - ceil_div(entries, d_weight.shape[1])) // columns * columns
     if borrowed:
-        workspace = d_weight.view(-1)[borrowed * d_weight.shape[1] :][:entries]
+        room = d_weight.view(-1)[borrowed * d_weight.shape[1] :][:entries]
         for start in range(0, borrowed, columns):
-            yield slice(start, start + columns), workspace
+            yield _Slab(slice(start, start + columns), _from_column(start, rows), None, room)
         columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
-    workspace = rows.workspace(columns)
+    room = _room(total, columns, rows.hidden)
     for start in range(borrowed, vocab, columns):
-        yield slice(start, min(start + columns, vocab)), workspace
+        yield _Slab(slice(start, min(start + columns, vocab)), _from_column(start, rows), None, room)
 
 
-def _filtered_slabs(rows: _Rows, vocab: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The slabs whose mass the forward has measured."""
-    columns = filter_columns(rows.hidden.device)
-    workspace = rows.workspace(columns)
-    for start in range(0, vocab, columns):
-        yield slice(start, min(start + columns, vocab)), workspace
+def _from_column(start: int, rows: _Rows) -> _Rows:
+    return rows._replace(targets=rows.targets - start)
+
+
+class _Selection(NamedTuple):
+    """Which rows each slab takes, with the rows put in an order of places: those that more slabs take come first.
+
+    Attributes:
+        order: (rows,), the row at each place.
+        lead: the rows at so many first places are taken by every slab.
+        counts: how many rows each slab takes.
+        slabs: (Σ counts,), slab by slab and one entry for each row it takes, the slab.
+        places: (Σ counts,), and the row's place, ascending in a slab, so that the lead is first.
+    """
+
+    order: torch.Tensor
+    lead: int
+    counts: list[int]
+    slabs: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, kept: torch.Tensor) -> _Selection:
+        """From (slabs, rows) bool. Waits for the device, and nothing after it does."""
+        order = kept.sum(0).argsort(descending=True, stable=True)
+        kept = kept.index_select(1, order)
+        *counts, lead = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)]).tolist()
+        slabs, places = kept.nonzero().unbind(1)
+        return cls(order, lead, counts, slabs, places)
+
+
+def _filtered_slabs(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    coefficients: RowCoefficients,
+    vocab: int,
+    selection: _Selection,
+) -> Iterator[_Slab]:
+    """The rows that were selected, in their new order, in the slabs whose mass the forward has measured.
+
+    The hidden states of the lead are gathered once, those of a slab's other rows behind them. Whatever is small is
+    gathered for all slabs at once: the host has to keep ahead of the device.
+    """
+    order, lead, counts, slabs, places = selection
+    columns = filter_columns(hidden.device)
+    index = order.index_select(0, places)
+    local_targets = targets.index_select(0, index) - slabs * columns
+    numbers = [[None] * len(counts) if t is None else t.index_select(0, index).split(counts) for t in coefficients]
+    sizes = [size for count in counts for size in (lead, count - lead)]
+    sources, scattered = (t.split(sizes)[1::2] for t in (index, places - lead))
+    room = _room(max(counts), columns, hidden)
+    x = hidden.new_empty(max(counts), hidden.shape[1])
+    torch.index_select(hidden, 0, order[:lead], out=x[:lead])
+    of_slabs = zip(
+        range(0, vocab, columns), counts, sources, scattered, local_targets.split(counts), *numbers, strict=True
+    )
+    for start, count, source, others, local, *of_rows in of_slabs:
+        if count > lead:
+            torch.index_select(hidden, 0, source, out=x[lead:count])
+        here = x[:count]
+        rows = _Rows(here, Operand.of(here), local, RowCoefficients(*of_rows)) if count else None
+        yield _Slab(slice(start, min(start + columns, vocab)), rows, others if count > lead else None, room)
+
+
+class _HiddenSum(NamedTuple):
+    """dHidden, summed in float32 over the slabs.
+
+    A slab adds one product to consecutive rows: those that every slab takes stay where they are, its others come
+    behind them for as long.
+
+    Attributes:
+        near: the rows that every slab takes, and room for a slab's others.
+        far: all others.
+    """
+
+    near: torch.Tensor
+    far: torch.Tensor
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, selection: _Selection | None) -> _HiddenSum:
+        total, width = hidden.shape
+        near, lead = (total, total) if selection is None else (max(selection.counts), selection.lead)
+        zeros = torch.zeros(near + total - lead, width, dtype=torch.float32, device=hidden.device)
+        return cls(zeros[:near], zeros[near:])
+
+    def add(self, products: list[tuple[torch.Tensor, torch.Tensor]], scattered: torch.Tensor | None) -> None:
+        """The rows of a slab += Σ a @ b."""
+        count = len(products[0][0])
+        if scattered is None:
+            _accumulate(self.near[:count], products)
+            return
+        guests = self.near[count - len(scattered) : count]
+        torch.index_select(self.far, 0, scattered, out=guests)
+        _accumulate(self.near[:count], products)
+        self.far.index_copy_(0, scattered, guests)
+
+    def finish(self, hidden: torch.Tensor, selection: _Selection | None, gain: torch.Tensor | None) -> torch.Tensor:
+        """The sum / gain, in the order and dtype of the hidden states."""
+        if gain is not None:
+            self.near.div_(gain)
+            self.far.div_(gain)
+        if selection is None:
+            return self.near.to(hidden.dtype)
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        lead = selection.lead
+        for rows, part in ((selection.order[:lead], self.near[:lead]), (selection.order[lead:], self.far)):
+            out.index_copy_(0, rows, part.to(hidden.dtype))
+        return out
 
 
 def linear_backward(
@@ -237,119 +371,66 @@ def linear_backward(
     device = hidden.device
     tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
-    rows = _Rows.of(hidden, targets, row_coefficients(stats, grads, transform, 1.0 if gain is None else gain))
-    d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=device) if needs_hidden else None
+    coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
-    slabs = _slabs(rows, vocab, tiling, d_weight) if kept is None else _filtered_slabs(rows, vocab)
-    for (slab, workspace), (index, part) in zip(slabs, _rows_of_slabs(rows, kept), strict=False):
-        if part is None:
+    selection = None if kept is None else _Selection.of(kept)
+    hidden_sum = _HiddenSum.of(hidden, selection) if needs_hidden else None
+    if selection is None:
+        slabs = _slabs(_Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight)
+    else:
+        slabs = _filtered_slabs(hidden, targets, coefficients, vocab, selection)
+    _run_slabs(slabs, weight, bias, transform, tiling, gain, hidden_sum, d_weight, d_bias)
+    if d_bias is not None:
+        d_bias = (d_bias if gain is None else d_bias.div_(gain)).to(weight.dtype if bias is None else bias.dtype)
+    return Gradients(None if hidden_sum is None else hidden_sum.finish(hidden, selection, gain), d_weight, d_bias)
+
+
+def _run_slabs(
+    slabs: Iterable[_Slab],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: Transform,
+    tiling: Tiling,
+    gain: torch.Tensor | None,
+    hidden_sum: _HiddenSum | None,
+    d_weight: torch.Tensor | None,
+    d_bias: torch.Tensor | None,
+) -> None:
+    """Add the slabs' shares to dHidden and write dWeight and the bias's gradient; `gain` stays in all but dWeight."""
+    for columns, rows, scattered, room in slabs:
+        if rows is None:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
-                    gradient[slab] = 0
+                    gradient[columns] = 0
             continue
-        dz = _slab_dlogits(
-            part, weight[slab], slab.start, None if bias is None else bias[slab], transform, workspace, tiling
-        )
-        if d_hidden is not None:
-            _add_rows(d_hidden, index, _products(dz, _parts(weight[slab])))
+        w = weight[columns]
+        dz = _slab_dlogits(rows, w, None if bias is None else bias[columns], transform, room, tiling)
+        if hidden_sum is not None:
+            hidden_sum.add(_products(dz, _parts(w)), scattered)
         if d_weight is not None:
-            _write_products(d_weight[slab], _products([t.t() for t in dz], _parts(part.hidden)), gain)
+            _write_products(d_weight[columns], _products([t.t() for t in dz], _parts(rows.hidden)), gain)
         if d_bias is not None:
-            d_bias[slab] = sum(t.sum(0, dtype=torch.float32) for t in dz)
-        del dz, workspace
-    if gain is not None:
-        d_hidden = None if d_hidden is None else d_hidden.div_(gain)
-        d_bias = None if d_bias is None else d_bias.div_(gain)
-    return Gradients(
-        None if d_hidden is None else d_hidden.to(hidden.dtype),
-        d_weight,
-        None if d_bias is None else d_bias.to(weight.dtype if bias is None else bias.dtype),
-    )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Hidden states with what dz needs of each row."""
-
-    hidden: torch.Tensor
-    operand: Operand
-    targets: torch.Tensor
-    coefficients: RowCoefficients
-
-    @classmethod
-    def of(cls, hidden: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients) -> _Rows:
-        return cls(hidden, Operand.of(hidden), targets, coefficients)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of dz."""
-        return torch.bfloat16 if self.operand.parts else self.hidden.dtype
-
-    def entries(self, columns: int) -> int:
-        """Of a slab of dz."""
-        return len(self.targets) * self.pitch(columns)
-
-    def workspace(self, columns: int) -> torch.Tensor:
-        """Room for one slab of dz, flat."""
-        return torch.empty(self.entries(columns), dtype=self.dtype, device=self.hidden.device)
-
-    def pitch(self, columns: int) -> int:
-        """Entries from one row of dz to the next."""
-        return columns * (2 if self.operand.parts else 1) + PITCH
-
-
-def _rows_of_slabs(rows: _Rows, kept: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, _Rows | None]]:
-    """The rows that each slab needs, and where they are among all; (None, all) for all, (index, None) for none."""
-    if kept is None:
-        yield from itertools.repeat((None, rows))
-        return
-    # whatever is small is gathered for all slabs at once: the host has to keep ahead of the device
-    counts = kept.sum(1).tolist()
-    index = kept.nonzero()[:, 1]
-    numbers = [
-        [None] * len(counts) if t is None else t.index_select(0, index).split(counts)
-        for t in (rows.targets, *rows.coefficients)
-    ]
-    for slab, targets, *coefficients in zip(index.split(counts), *numbers, strict=True):
-        if len(slab) == 0:
-            yield slab, None
-        else:
-            yield slab, _Rows.of(rows.hidden.index_select(0, slab), targets, RowCoefficients(*coefficients))
-
-
-def _add_rows(
-    d_hidden: torch.Tensor, index: torch.Tensor | None, products: list[tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    """d_hidden, or its rows `index`, += Σ a @ b."""
-    if index is None:
-        _accumulate(d_hidden, products)
-    else:
-        share = torch.empty(len(index), d_hidden.shape[1], dtype=torch.float32, device=d_hidden.device)
-        _accumulate(share, products, fresh=True)
-        # no row comes twice, so the order of additions is fixed
-        d_hidden.index_add_(0, index, share)
+            _write_sums(d_bias[columns], dz)
 
 
 def _slab_dlogits(
     part: _Rows,
     weight: torch.Tensor,
-    start: int,
     bias: torch.Tensor | None,
     transform: Transform,
-    workspace: torch.Tensor,
+    room: torch.Tensor,
     tiling: Tiling,
 ) -> list[torch.Tensor]:
-    """dz of the slab at `start`, (rows, columns) in the workspace; high and low halves for float32 operands."""
+    """dz of a slab, (rows, columns) in the room given for it; high and low halves for float32 operands."""
     rows, columns = len(part.targets), weight.shape[0]
     n_col_tiles = ceil_div(columns, tiling.BN)
     padded = n_col_tiles * tiling.BN
-    pitch = part.pitch(padded)
-    dz = Operand(workspace[: rows * pitch].view(rows, pitch), pitch, None)
+    pitch = _pitch(padded, part.hidden)
+    dz = Operand(room[: rows * pitch].view(rows, pitch), pitch, None)
     x, w = part.operand, Operand.of(weight)
     n_units = ceil_div(rows, tiling.BM) * n_col_tiles
-    programs = program_count(workspace.device)
-    local_targets = part.targets - start
+    programs = program_count(room.device)
     scalars = (transform.factor, transform.squeeze or 1.0)
     softcap, has_entropy = transform.softcap is not None, part.coefficients.slope is not None
     if tiling.specialized and x.tma and w.tma:
@@ -358,7 +439,7 @@ def _slab_dlogits(
         launch(
             tiles_kernel,
             programs,
-            (local_targets, x.scale, w.scale, bias, *part.coefficients),
+            (part.targets, x.scale, w.scale, bias, *part.coefficients),
             (rows, columns, x.width, n_units),
             scalars,
             # a tile of dz takes the fourth buffer's place in shared memory
@@ -378,7 +459,7 @@ def _slab_dlogits(
             x.scale,
             w.scale,
             bias,
-            local_targets,
+            part.targets,
             *part.coefficients,
             rows,
             columns,
@@ -448,3 +529,11 @@ def _write_products(
         total.div_(gain)
     if total is not out:
         out.copy_(total)
+
+
+def _write_sums(out: torch.Tensor, dz: list[torch.Tensor]) -> None:
+    """out = dz's sums over the rows, in float32."""
+    high, *low = dz
+    torch.sum(high, 0, dtype=torch.float32, out=out)
+    for t in low:
+        out += t.sum(0, dtype=torch.float32)

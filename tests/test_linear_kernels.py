@@ -103,9 +103,9 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     rooms = []
     original = linear_backward._slab_dlogits
 
-    def watched(part, weight, start, bias, transform, workspace, tiling):
-        rooms.append((start, len(weight), workspace.data_ptr()))
-        return original(part, weight, start, bias, transform, workspace, tiling)
+    def watched(part, weight, bias, transform, room, tiling):
+        rooms.append((sum(columns for _, columns, _ in rooms), len(weight), room.data_ptr()))
+        return original(part, weight, bias, transform, room, tiling)
 
     monkeypatch.setattr(linear_backward, "_slab_dlogits", watched)
     g = torch.Generator().manual_seed(1)
@@ -131,49 +131,139 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     assert sum(columns for _, columns, _ in rooms) == 300
 
 
-@interpreted
-def test_rows_kept_slab_by_slab():
-    from entropy_fast.kernels import linear
-    from entropy_fast.reference import linear as reference
+def selected(pattern, slabs, rows):
+    """(slabs, rows), which rows' dz a slab computes; a fifth of the rows are in every slab, unless said otherwise."""
+    kept = torch.rand(slabs, rows) < 0.2
+    lead = torch.rand(rows) < 0.2
+    if pattern == "all":
+        return torch.ones_like(kept)
+    if pattern == "none":
+        return torch.zeros_like(kept)
+    if pattern == "lead alone":
+        return lead.expand(slabs, rows).clone()
+    if pattern == "one slab taken by most":
+        kept[1] |= torch.rand(rows) < 0.8
+    if pattern == "slabs taken by the lead alone":
+        kept[[0, 3]] = False
+    if pattern == "slabs taken by nobody":
+        kept[[1, slabs - 1]] = False
+        return kept
+    if pattern == "no lead":
+        kept[torch.arange(rows) % slabs, torch.arange(rows)] = False
+        return kept
+    return kept | lead
+
+
+def filtered_problem(pattern, device, dtype, options, rows=None):
+    """Arguments of `linear_backward` up to `needs`, `kept`, and the gradients by the definition, in float64."""
+    from entropy_fast.kernels.linear import filter_columns
+    from entropy_fast.reference.linear import LinearStats
     from entropy_fast.reference.rows import RowGradients
     from entropy_fast.reference.transform import Transform
 
-    g = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(9, 20, generator=g), torch.randn(150, 20, generator=g)
-    targets = torch.randint(0, 150, (9,), generator=g)
-    stats, _ = linear.linear_stats(hidden, weight, targets, None, Transform())
-    kept = torch.rand(3, 9, generator=g) < 0.4
-    kept[1] = False
-    arguments = (
-        hidden,
-        weight,
-        targets,
-        None,
-        Transform(),
-        stats,
-        RowGradients(torch.randn(9, generator=g), None, None),
-    )
-    got = linear.linear_backward(*arguments, (True, True, False), kept)
-    # the same slabs, computed one by one: what the reference does with a slab of its own width is tested elsewhere
-    d_hidden, d_weight = torch.zeros(9, 20), torch.zeros(150, 20)
-    for slab in range(3):
-        columns, rows = slice(64 * slab, min(64 * slab + 64, 150)), kept[slab].nonzero()[:, 0]
-        if len(rows):
-            part = reference.linear_backward(
-                hidden[rows],
-                weight[columns],
-                targets[rows] - columns.start,
-                None,
-                Transform(),
-                type(stats)(*(t[rows] for t in stats)),
-                RowGradients(arguments[-1].logprob[rows], None, None),
-                (True, True, False),
-            )
-            d_hidden[rows] += part.hidden
-            d_weight[columns] = part.weight
-    assert (got.hidden - d_hidden).norm() <= 3e-5 * d_hidden.norm()
-    assert (got.weight - d_weight).norm() <= 3e-5 * d_weight.norm()
-    assert not got.weight[64:128].any()
+    slabs, columns, transform = 4, filter_columns(torch.device(device)), Transform(*options)
+    rows = {"cpu": 20, "cuda": 300}[device] if rows is None else rows
+    vocab = slabs * columns - 27
+    hidden, bias = torch.randn(rows, 24).to(dtype), torch.randn(vocab).to(dtype)
+    weight, targets = (0.4 * torch.randn(vocab, 24)).to(dtype), torch.randint(0, vocab, (rows,))
+    kept, upstream = selected(pattern, slabs, rows), torch.randn(3, rows)
+    raw = (hidden.double() @ weight.double().T + bias.double()).requires_grad_()
+    z = transform.scale * raw
+    z = (z if transform.softcap is None else transform.softcap * torch.tanh(z / transform.softcap)) / options[0]
+    logp = z.log_softmax(1)
+    logprob, entropy, lse = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1), z.logsumexp(1)
+    (dz,) = torch.autograd.grad((upstream[0] * logprob + upstream[1] * entropy + upstream[2] * lse).sum(), [raw])
+    dz *= kept.T.repeat_interleave(columns, 1)[:, :vocab]
+    expected = dz @ weight.double(), dz.T @ hidden.double(), dz.sum(0)
+    peak = z.amax(1)
+    stats = LinearStats(*(t.detach().float().to(device) for t in (logprob, entropy, peak, lse - peak)))
+    inputs = (t.to(device) for t in (hidden, weight, targets, bias))
+    arguments = (*inputs, transform, stats, RowGradients(*upstream.to(device)))
+    return arguments, kept.to(device), [t.to(device) for t in expected]
+
+
+HERE = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+# dz and the result in 16 bits, or dz in pairs of bf16
+BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 3e-5}
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "options"),
+    [
+        ("mixed", torch.float16, (0.7, 0.3, 5.0)),
+        ("mixed", torch.float32, (0.7, 0.3, 5.0)),
+        ("mixed", torch.bfloat16, (1.0,)),
+        ("all", torch.float16, (1.0,)),
+        ("none", torch.float16, (1.0,)),
+        ("lead alone", torch.float16, (1.0,)),
+        ("no lead", torch.float16, (1.0,)),
+        ("no lead", torch.bfloat16, (1.0,)),
+        ("one slab taken by most", torch.float16, (1.0,)),
+        ("slabs taken by the lead alone", torch.float32, (1.0,)),
+        ("slabs taken by nobody", torch.float16, (0.7,)),
+        ("slabs taken by nobody", torch.float32, (0.7,)),
+    ],
+)
+def test_rows_kept_slab_by_slab(device, pattern, dtype, options):
+    from entropy_fast.kernels.linear import filter_columns, linear_backward
+
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no bf16 products")
+    arguments, kept, expected = filtered_problem(pattern, device, dtype, options)
+    got = linear_backward(*arguments, (True, True, True), kept)
+    for a, e in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - e).norm() <= BOUNDS[dtype] * e.norm()
+    # what no slab takes is 0, not nearly 0
+    assert not got.hidden[~kept.any(0)].any()
+    unused = (~kept.any(1)).repeat_interleave(filter_columns(kept.device))[: len(got.bias)]
+    assert not got.weight[unused].any()
+    assert not got.bias[unused].any()
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_filtered_gradients_come_alone_and_with_the_same_bits(device):
+    from entropy_fast.kernels.linear import linear_backward
+
+    arguments, kept, _ = filtered_problem("mixed", device, torch.float16, (1.0,))
+    together = linear_backward(*arguments, (True, True, True), kept)
+    for i in range(3):
+        alone = linear_backward(*arguments, tuple(i == j for j in range(3)), kept)
+        assert [t is None for t in alone] == [i != j for j in range(3)]
+        assert torch.equal(alone[i], together[i])
+
+
+@interpreted
+def test_a_row_that_every_slab_takes_is_gathered_once(monkeypatch):
+    from entropy_fast.kernels.linear import linear_backward
+
+    arguments, kept, _ = filtered_problem("mixed", "cpu", torch.float16, (1.0,))
+    gathered, original = [], torch.index_select
+
+    def watched(x, dim, index, *, out):
+        gathered.append((x.dtype, len(index)))
+        return original(x, dim, index, out=out)
+
+    monkeypatch.setattr(torch, "index_select", watched)
+    linear_backward(*arguments, (True, True, False), kept)
+    lead = kept.all(0).sum().item()
+    assert 0 < lead < kept.shape[1]
+    others = [n - lead for n in kept.sum(1).tolist() if n > lead]
+    assert [n for dtype, n in gathered if dtype == torch.float16] == [lead, *others]
+    # of dHidden's sums
+    assert [n for dtype, n in gathered if dtype == torch.float32] == others
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_nothing_to_filter(device):
+    from entropy_fast.kernels.linear import linear_backward
+
+    arguments, kept, expected = filtered_problem("mixed", device, torch.float32, (1.0,), rows=0)
+    got = linear_backward(*arguments, (True, True, True), kept)
+    for a, e in zip(got, expected, strict=True):
+        assert a.shape == e.shape
+        assert not a.any()
 
 
 @interpreted

@@ -142,11 +142,13 @@ def test_masked_rows_are_never_read(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [0, 5])
-def test_nothing_active(device, rows):
+@pytest.mark.parametrize("bound", [0.0, 0.01])
+def test_nothing_active(device, rows, bound):
     hidden, weight, targets, b = problem(rows=rows, device=device, bias=True)
     for t in (hidden, weight, b):
         t.requires_grad_()
-    out = ef.linear_token_stats(hidden, weight, targets, b, mask=torch.zeros(rows, dtype=torch.bool, device=device))
+    mask = torch.zeros(rows, dtype=torch.bool, device=device)
+    out = ef.linear_token_stats(hidden, weight, targets, b, mask=mask, max_dropped_mass=bound)
     assert not out.logprob.any()
     out.logprob.sum().backward()
     assert all(t.grad is not None and not t.grad.any() for t in (hidden, weight, b))
