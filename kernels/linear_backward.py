@@ -38,8 +38,9 @@ from entropy_fast.reference.linear import Gradients, LinearStats
 from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
 
-# Vocabulary columns of dz that exist at a time: enough for the GEMMs to run at full rate, and 8 × 132 tiles of
-# 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a last, partial wave.
+# Vocabulary columns of dz that exist at a time, twice as many where room for them costs nothing: enough for the GEMMs
+# to run at full rate, and 8 × 132 tiles of 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a
+# last, partial wave.
 SLAB_COLUMNS = 8448
 # Rows of dz don't start a power of two apart, where they would crowd the same channels of memory.
 PITCH = 64
@@ -221,22 +222,34 @@ def _room(rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor:
 def _slabs(rows: _Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None) -> Iterator[_Slab]:
     """All rows, slab by slab.
 
-    Until the last slabs are reached, their dz lies where those slabs' rows of dWeight will be; they get a smaller room.
+    dz of a slab lies in the rows of dWeight that follow the slab's own, as long as it fits there; the last slabs get a
+    room of their own, a smaller one. What is lent costs nothing, so slabs are twice as wide while that fits: each slab
+    reads and writes all of the float32 dHidden.
     """
     total = len(rows.targets)
     columns = slab_columns(total, vocab, tiling)
-    entries = total * _pitch(columns, rows.hidden)
-    borrowed = 0
-    if d_weight is not None and d_weight.dtype == _dz_dtype(rows.hidden) and 4 * entries <= d_weight.numel():
-        borrowed = (vocab - ceil_div(entries, d_weight.shape[1])) // columns * columns
-    if borrowed:
-        room = d_weight.view(-1)[borrowed * d_weight.shape[1] :][:entries]
-        for start in range(0, borrowed, columns):
-            yield _Slab(slice(start, start + columns), _from_column(start, rows), None, room)
+    start = 0
+    if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
+        for lent_columns in (2 * columns, columns):
+            while (room := _lent(d_weight, start + lent_columns, total, lent_columns, rows.hidden)) is not None:
+                yield _Slab(slice(start, start + lent_columns), _from_column(start, rows), None, room)
+                start += lent_columns
+    if start:
         columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
     room = _room(total, columns, rows.hidden)
-    for start in range(borrowed, vocab, columns):
-        yield _Slab(slice(start, min(start + columns, vocab)), _from_column(start, rows), None, room)
+    for first in range(start, vocab, columns):
+        yield _Slab(slice(first, min(first + columns, vocab)), _from_column(first, rows), None, room)
+
+
+def _may_lend(d_weight: torch.Tensor, rows: int, columns: int, hidden: torch.Tensor) -> bool:
+    """Whether dz fits into dWeight's dtype, and often enough that smaller slabs at the end are few."""
+    return d_weight.dtype == _dz_dtype(hidden) and 4 * rows * _pitch(columns, hidden) <= d_weight.numel()
+
+
+def _lent(d_weight: torch.Tensor, row: int, rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Room for a slab of dz in dWeight from `row` on, None where it does not fit."""
+    first, entries = row * d_weight.shape[1], rows * _pitch(columns, hidden)
+    return d_weight.view(-1)[first : first + entries] if first + entries <= d_weight.numel() else None
 
 
 def _from_column(start: int, rows: _Rows) -> _Rows:
@@ -523,12 +536,16 @@ def _write_products(
     if gain is None and out.dtype == products[0][0].dtype and out.device.type != "cpu":
         torch.mm(*products[0], out=out)
         return
-    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    _accumulate(total, products, fresh=True)
-    if gain is not None:
-        total.div_(gain)
-    if total is not out:
-        out.copy_(total)
+    # a piece at a time: a slab whose dz lies in memory that is there anyway may be wide, but this sum needs its own
+    for first in range(0, len(out), SLAB_COLUMNS):
+        rows = slice(first, first + SLAB_COLUMNS)
+        part = out[rows]
+        total = part if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        _accumulate(total, [(a[rows], b) for a, b in products], fresh=True)
+        if gain is not None:
+            total.div_(gain)
+        if total is not part:
+            part.copy_(total)
 
 
 def _write_sums(out: torch.Tensor, dz: list[torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ started by `test_in_the_interpreter`. The interpreter has no bf16 products; fp16
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -104,13 +105,13 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     original = linear_backward._slab_dlogits
 
     def watched(part, weight, bias, transform, room, tiling):
-        rooms.append((sum(columns for _, columns, _ in rooms), len(weight), room.data_ptr()))
+        rooms.append((len(weight), room.data_ptr(), room.data_ptr() + 2 * room.numel()))
         return original(part, weight, bias, transform, room, tiling)
 
     monkeypatch.setattr(linear_backward, "_slab_dlogits", watched)
     g = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(6, 32, generator=g).half(), (0.4 * torch.randn(300, 32, generator=g)).half()
-    targets = torch.randint(0, 300, (6,), generator=g)
+    hidden, weight = torch.randn(6, 32, generator=g).half(), (0.4 * torch.randn(400, 32, generator=g)).half()
+    targets = torch.randint(0, 400, (6,), generator=g)
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     expected = oracle(*exact, targets, None, Transform())
     stats, _ = linear_stats(hidden, weight, targets, None, Transform())
@@ -121,14 +122,43 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     for a, e in zip(got, torch.autograd.grad(loss, exact), strict=False):
         if a is not None:
             assert (a.double() - e).norm() <= 2e-3 * e.norm()
+    # rows of dWeight that a slab's dz takes: 6 · (128 + 16) / 32 = 27, or 15
+    widths = [128, 128, 64, 64, 16] if needs_weight else [64] * 6 + [16]
+    assert [columns for columns, *_ in rooms] == widths
     if needs_weight:
         start = got.weight.data_ptr()
-        inside = [start <= room < start + 2 * got.weight.numel() for _, _, room in rooms]
-        assert inside[:4] == [True, True, True, True]
-        assert not any(inside[4:])
-        # what is lent out begins where the last slab that uses it ends
-        assert rooms[3][0] + rooms[3][1] == (rooms[0][2] - start) // (2 * 32)
-    assert sum(columns for _, columns, _ in rooms) == 300
+        ends = [start + 2 * 32 * row for row in itertools.accumulate(widths)]
+        assert all(end <= first < last <= ends[-1] for end, (_, first, last) in zip(ends[:-1], rooms[:-1], strict=True))
+        assert not start <= rooms[-1][1] < ends[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "lent", "own"),
+    [
+        (8192, 4096, 128256, [16896] * 5 + [8448] * 3, [4352] * 4 + [1024]),
+        (8192, 2304, 256000, [16896] * 11 + [8448] * 4, [4352] * 8 + [1536]),
+        # of few rows as much dz, and of many rows nothing that dWeight could hold often enough
+        (1024, 4096, 128256, [67584], [33792, 26880]),
+        (32768, 4096, 128256, [], [8448] * 15 + [1536]),
+    ],
+)
+def test_slabs_of_a_large_head(rows, width, vocab, lent, own):
+    from entropy_fast.kernels.linear_backward import PITCH, _Rows, _slabs
+    from entropy_fast.kernels.linear_operands import HOPPER
+
+    hidden, d_weight = (torch.empty(n, width, dtype=torch.bfloat16, device="meta") for n in (rows, vocab))
+    of_rows = _Rows(hidden, None, torch.empty(rows, dtype=torch.int64, device="meta"), None)
+    slabs = list(_slabs(of_rows, vocab, HOPPER, d_weight))
+    assert [slab.columns.start for slab in slabs[1:]] + [vocab] == [slab.columns.stop for slab in slabs]
+    assert [slab.columns.stop - slab.columns.start for slab in slabs] == lent + own
+    for columns, _, _, room in slabs[: len(lent)]:
+        assert room._base is d_weight
+        assert room.storage_offset() >= columns.stop * width
+        assert room.storage_offset() + room.numel() <= d_weight.numel()
+        assert room.numel() == rows * (columns.stop - columns.start + PITCH)
+    for slab in slabs[len(lent) :]:
+        assert slab.room._base is None
+        assert slab.room.numel() == rows * (own[0] + PITCH)
 
 
 def selected(pattern, slabs, rows):
