@@ -1,4 +1,4 @@
-"""A model's elementwise layers as one kernel each, in passes without gradients.
+"""A model's elementwise layers as one kernel each, in passes without gradients; which tensors a kernel serves.
 
 transformers spells norms, gated MLPs and rotary positions out in small operations. What a layer computes is read from
 the code that it runs, not from its name: the forward's syntax tree is compared with the spellings below, which most
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from entropy_fast.functional.linear_operators import has_triton
 
 if TYPE_CHECKING:
     from entropy_fast.kernels.layers import Activation, NormForm
@@ -192,7 +194,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether Triton's kernels can work on the tensor."""
-    return tensor.is_cuda
+    return tensor.is_cuda and has_triton(tensor.device)
 
 
 def _activation(module: object) -> Activation | None:

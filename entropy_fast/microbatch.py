@@ -33,7 +33,12 @@ class Segments:
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     key_index: Tensor | None
-    _starts: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _sent: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of_rows(cls, rows: int, width: int) -> Segments:
+        """Every row of a rectangle by itself, one behind the other."""
+        return cls((width,) * rows, (width,) * rows, None)
 
     @property
     def tokens(self) -> int:
@@ -42,12 +47,20 @@ class Segments:
 
     def starts_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(segments + 1,) int32 each: 0 and the running sums of the queries' and the keys' lengths."""
-        if device not in self._starts:
-            self._starts[device] = tuple(
-                _send(_running_sums(x), device) for x in (self.query_lengths, self.key_lengths)
-            )
-        queries, keys = self._starts[device]
+        if device not in self._sent:
+            self._sent[device] = tuple(_send(_running_sums(x), device) for x in (self.query_lengths, self.key_lengths))
+        queries, keys = self._sent[device]
         return queries, keys
+
+    def tiles_on(self, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+        """Int32 each: the segment and its first query of every tile of up to `size` queries."""
+        if (device, size) not in self._sent:
+            tiles = [(s, i) for s, n in enumerate(self.query_lengths) for i in range(0, n, size)]
+            self._sent[device, size] = tuple(
+                _send(torch.tensor(x, dtype=torch.int32), device) for x in zip(*tiles, strict=True)
+            )
+        segments, queries = self._sent[device, size]
+        return segments, queries
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ which from the microbatch (`Segments`) instead of from a mask: a completion's qu
 taken from where the prompt stands in the row, and at their own, up to the diagonal. Everything else in a transformer
 works token by token and never notices. Whether that is true of a model is not assumed but verified, see `trunk`.
 
-On CUDA in half precision this is one call of PyTorch's variable-length flash attention for all segments; elsewhere,
-one scaled dot product for each. Sliding windows, softcaps and attention sinks are computed as the model asks.
+On CUDA in half precision this is one call of PyTorch's variable-length flash attention for all segments, or of a kernel
+here where that lacks something; elsewhere, one scaled dot product for each. Sliding windows, softcaps and attention
+sinks are computed as the model asks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from entropy_fast.fusion import is_compiled
+from entropy_fast.fusion import is_compiled, serves
 from entropy_fast.microbatch import Segments
 
 NAME = "entropy_fast_packed"
@@ -35,7 +36,8 @@ class _Row(NamedTuple):
 
 
 _ROW: ContextVar[_Row | None] = ContextVar("row", default=None)
-_FLASH_MAX_HEAD = 256
+# The widest head that the fused kernels take.
+_MAX_WIDTH = 256
 
 
 class PackingUnsupportedError(RuntimeError):
@@ -44,7 +46,7 @@ class PackingUnsupportedError(RuntimeError):
 
 @contextlib.contextmanager
 def packed_attention(configs: Sequence[Any], segments: Segments) -> Iterator[None]:
-    """While entered, the model of these `attention_configs` reads one row (1, tokens), laid out as `segments` say."""
+    """While entered, the model of these `attention_configs` reads rows that, joined, are laid out as `segments` say."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
@@ -113,11 +115,11 @@ def attention(
     position_bias: Tensor | None = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' models call it: (1, heads, T, width) in, (1, T, heads, width) out.
+    """Attention as transformers' models call it: (rows, heads, T, width) in, (rows, T, heads, width) out.
 
     Args:
         module: the attention module that calls.
-        query, key, value: (1, heads, T, width), with as many or fewer key heads.
+        query, key, value: (rows, heads, T, width), with as many or fewer key heads; rows · T are the segments' tokens.
         attention_mask: None; a model that makes a mask of its own cannot be packed.
         scaling: multiplies the products, 1/√width by default.
         sliding_window: how many keys a query sees, its own included.
@@ -134,31 +136,57 @@ def attention(
     row = _ROW.get()
     segments = None if row is None else row.segments
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if segments is None or query.shape[:1] != (1,) or query.shape[2] != segments.tokens:
+    rows, length, width = query.shape[0], query.shape[2], query.shape[3]
+    if segments is None or rows * length != segments.tokens:
         raise PackingUnsupportedError("its attention is called on something else than the row of tokens")
-    if not causal or key.shape[2] != segments.tokens:
+    if not causal or key.shape[2] != length:
         raise PackingUnsupportedError("not all its attention is causal self-attention")
     if attention_mask is not None or position_bias is not None:
         raise PackingUnsupportedError("it adds a mask or a bias of its own to the attention")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    scale = width**-0.5 if scaling is None else float(scaling)
+    if row is not None and row.own.get(id(getattr(module, "config", None))) == "sdpa":
+        softcap = None
+    plain = softcap is None and s_aux is None
+    flash = plain and _flash_serves(q, v)
+    if not flash:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if serves(q, k, v) and max(width, v.shape[-1]) <= _MAX_WIDTH:
+            out = _by_kernel(q, k, v, segments, scale, sliding_window, softcap, s_aux)
+            return out.unflatten(0, (rows, length)), None
     if segments.key_index is not None:
         index = segments.key_index.to(k.device)
         k, v = k.index_select(0, index), v.index_select(0, index)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if row is not None and row.own.get(id(getattr(module, "config", None))) == "sdpa":
-        softcap = None
-    if softcap is not None or s_aux is not None:
-        out = _by_products(q, k, v, segments, scale, sliding_window, softcap, s_aux)
-    elif _flash_serves(q, v):
+    if flash:
         out = _by_flash(q, k, v, segments, scale, sliding_window)
+    elif not plain:
+        out = _by_products(q, k, v, segments, scale, sliding_window, softcap, s_aux)
     else:
         out = _by_segments(q, k, v, segments, scale, sliding_window)
-    return out[None], None
+    return out.unflatten(0, (rows, length)), None
 
 
 def _flash_serves(q: Tensor, v: Tensor) -> bool:
     half = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-    return half and max(q.shape[-1], v.shape[-1]) <= _FLASH_MAX_HEAD
+    return half and max(q.shape[-1], v.shape[-1]) <= _MAX_WIDTH
+
+
+def _by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """All segments in one call, the keys read where they stand; (T, heads, width) in and out."""
+    from entropy_fast.kernels.attention import segment_attention, tile_queries
+
+    index = None if segments.key_index is None else segments.key_index.to(q.device)
+    tiles = segments.tiles_on(q.device, tile_queries(q))
+    return segment_attention(q, k, v, index, segments.starts_on(q.device), tiles, scale, window, softcap, sink)
 
 
 def _by_flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:

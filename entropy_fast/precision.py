@@ -27,6 +27,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_cpu_thread(device: torch.device) -> Iterator[None]:
+    """While a GPU does the work, the CPU's part in it, small tensors of indices, is done by one thread.
+
+    More would only wake each other for every operation, which can take longer than the GPU's whole pass.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cuda" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def model_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
     """Run `model` in a precision.
 

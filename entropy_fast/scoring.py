@@ -18,7 +18,7 @@ from entropy_fast.functional import TokenStats, linear_token_stats, token_stats
 from entropy_fast.heads import eos_token_ids, find_head, input_embedding, unwrap
 from entropy_fast.layout import DenseRollouts, Layout
 from entropy_fast.microbatch import Microbatch, packed, padded
-from entropy_fast.precision import Precision, evaluation_mode, model_precision
+from entropy_fast.precision import Precision, evaluation_mode, model_precision, one_cpu_thread
 from entropy_fast.rollouts import Counting, Rollouts, TokenMasks, token_masks
 from entropy_fast.trunk import Trunk
 
@@ -151,7 +151,7 @@ def score(
         InputError: a token id is outside the vocabulary.
     """
     scoring = replace(scoring or Scoring(), **options)
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), one_cpu_thread(input_embedding(model).device):
         scorer = Scorer(model, rollouts, scoring, packing=scoring.packing, fusion=scoring.fusion)
         finished: list[tuple[Microbatch, TokenStats]] = []
         total = int(scorer.dense.input_lengths.sum())
@@ -162,15 +162,8 @@ def score(
                 done += int(scorer.dense.input_lengths[list(batch.sequences)].sum())
                 if progress is not None:
                     progress(done, total)
-    logprob = torch.zeros(rollouts.tokens.shape, dtype=finished[0][1].logprob.dtype, device=rollouts.tokens.device)
-    entropy = torch.zeros_like(logprob) if scoring.entropy else None
-    # only now, so that nothing waits for a GPU while it works
-    for batch, stats in finished:
-        rows, columns = scorer.target_of(batch)
-        logprob[rows, columns] = stats.logprob.to(logprob.device)
-        if entropy is not None:
-            entropy[rows, columns] = stats.entropy.to(logprob.device)
-    _require_finite(logprob, entropy, scorer.masks)
+        # only now, so that nothing waits for a GPU while it works
+        logprob, entropy = _collected(scorer, finished)
     executed = replace(scorer.layout, microbatches=tuple(batch.sequences for batch, _ in finished))
     return Scores(logprob, entropy, scorer.masks, executed)
 
@@ -206,7 +199,9 @@ class Scorer:
         self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
         self.dense = DenseRollouts.pack(rollouts, self.masks)
         self.device = input_embedding(model).device
-        self._trunk = Trunk(model, self.head)
+        loaded = scoring.precision == "as_loaded" and input_embedding(model).dtype == torch.float32
+        single = scoring.precision == "float32" or (loaded and scoring.autocast is None)
+        self._trunk = Trunk(model, self.head, single=single)
         self._result_device = rollouts.tokens.device
         self.layout = self._plan(packing, fusion)
         self._most_tokens: float = float("inf")
@@ -334,6 +329,20 @@ class Scorer:
         middle = len(group) // 2
         for half in (group[:middle], group[middle:]):
             yield from self._run(half)
+
+
+def _collected(scorer: Scorer, finished: list[tuple[Microbatch, TokenStats]]) -> tuple[Tensor, Tensor | None]:
+    """(N, T) log-probs and, if asked for, entropies, on the rollouts' device; 0 where nothing was generated."""
+    generated = scorer.masks.generated
+    logprob = torch.zeros(generated.shape, dtype=finished[0][1].logprob.dtype, device=generated.device)
+    entropy = torch.zeros_like(logprob) if scorer.scoring.entropy else None
+    for batch, stats in finished:
+        rows, columns = scorer.target_of(batch)
+        logprob[rows, columns] = stats.logprob.to(logprob.device)
+        if entropy is not None:
+            entropy[rows, columns] = stats.entropy.to(logprob.device)
+    _require_finite(logprob, entropy, scorer.masks)
+    return logprob, entropy
 
 
 def _free_memory(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from entropy_fast.functional.linear_operators import has_triton
 from entropy_fast.fusion import Fusion, is_compiled
 from entropy_fast.heads import Head, accepts, forward_kwargs, unwrap
 from entropy_fast.layout import DenseRollouts
-from entropy_fast.microbatch import Microbatch, packed, padded
+from entropy_fast.microbatch import Microbatch, Segments, packed, padded
 from entropy_fast.packing import attention_configs, dropped_softcap, packed_attention, packing_obstacle
 from entropy_fast.precision import evaluation_mode, model_precision
 
@@ -88,15 +88,18 @@ class Trunk:
     Args:
         model: a causal language model.
         head: see `find_head`.
+        single: its passes compute in float32. Fused, padded rows then have the packed rows' attention, so that both
+            layouts are rounded alike.
     """
 
-    def __init__(self, model: nn.Module, head: Head) -> None:
+    def __init__(self, model: nn.Module, head: Head, *, single: bool = False) -> None:
         self.model = model
         self.head = head
         self._base = unwrap(model)
         self._kwargs = forward_kwargs(self._base)
         self._takes_positions = accepts(self._base, "position_ids")
         self._configs = attention_configs(self._base)
+        self._own_attention = not single or bool(packing_obstacle(self._base))
 
     @functools.cached_property
     def _fusion(self) -> Fusion:
@@ -111,10 +114,13 @@ class Trunk:
         if batch.segments is not None:
             kwargs["position_ids"] = batch.position_ids
         with contextlib.ExitStack() as ways:
-            if batch.segments is not None:
-                ways.enter_context(packed_attention(self._configs, batch.segments))
+            segments = batch.segments
             if fused:
                 ways.enter_context(self._fusion.active())
+                if segments is None and not self._own_attention:
+                    segments = Segments.of_rows(*batch.input_ids.shape)
+            if segments is not None:
+                ways.enter_context(packed_attention(self._configs, segments))
             if self.head.mode == "logits":
                 output = self.model(input_ids=batch.input_ids, **kwargs).logits
             else:

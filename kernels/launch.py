@@ -47,7 +47,7 @@ def launch(
 ) -> None:
     """Run `programs` programs of a kernel of descriptors, tensors, integers, floats and constants, in that order.
 
-    The first tensor is not None. Multiply-adds are fused, whatever Triton's default.
+    The first tensor is not None. Multiply-adds are fused, whatever Triton's default, unless the variant says otherwise.
     """
     device = tensors[0].device  # type: ignore[union-attr]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -69,7 +69,7 @@ def launch(
         compiled[(programs, 1, 1)](*descriptors, *addresses, *integers, *floats, *variant.values)
         return None
     arguments = (*descriptors, *tensors, *integers, *floats)
-    compiled = kernel[(programs,)](*arguments, **variant.constants, enable_fp_fusion=True, **variant.options)
+    compiled = kernel[(programs,)](*arguments, **variant.constants, **({"enable_fp_fusion": True} | variant.options))
     if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
     return None

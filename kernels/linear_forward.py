@@ -257,4 +257,7 @@ def _merge(columns: int, shard: bool) -> Variant:
 def _slab_lse(tiles: torch.Tensor, per_slab: int) -> torch.Tensor:
     """Log-sum-exp, in nats, of every `per_slab` tiles, (slabs, rows)."""
     lse = (tiles[:, 0] + tiles[:, 1].log2()) * LN2.value
-    return torch.stack([part.logsumexp(0) for part in lse.split(per_slab)])
+    whole = len(lse) // per_slab * per_slab
+    # all whole slabs at once: slab by slab the host would need longer than the device
+    parts = [lse[:whole].unflatten(0, (-1, per_slab)).logsumexp(1)]
+    return torch.cat([*parts, lse[whole:].logsumexp(0, keepdim=True)]) if whole < len(lse) else parts[0]

@@ -35,7 +35,7 @@ def fusible(monkeypatch, request):
         monkeypatch.setattr(Trunk, "_fusion_obstacle", lambda *_: "")
 
 
-def rollouts(seed=0, prompts=3, group=3, longest=30):
+def rollouts(seed=0, prompts=2, group=2, longest=12):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest, (prompts * group,), generator=g).tolist()
     heads = torch.randint(3, VOCAB, (prompts, 7), generator=g).repeat_interleave(group, 0).tolist()
@@ -116,9 +116,21 @@ def test_an_activation_is_what_its_kernel_computes(activation, function):
 
 
 @pytest.mark.usefixtures("fusible")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "granite"])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("device", "name", "packing"),
+    [
+        # the interpreter takes its time
+        *[
+            pytest.param("cpu", *case, marks=interpreted)
+            for case in (("qwen3", True), ("gemma2", True), ("llama", False))
+        ],
+        *[
+            pytest.param("cuda", name, packing, marks=pytest.mark.gpu)
+            for name in ("llama", "qwen2", "qwen3", "gemma2", "granite")
+            for packing in (True, False)
+        ],
+    ],
+)
 def test_a_fused_pass_scores_what_the_models_own_code_scores(device, name, packing, monkeypatch):
     from entropy_fast.kernels import layers
 
@@ -157,6 +169,22 @@ def test_in_16_bits_a_fused_pass_is_as_near_to_float32(dtype):
     fused, own = score(model, r, fusion=True), score(model, r, fusion=False)
     noise = [(s.logprob - exact.logprob).square().mean().sqrt() for s in (fused, own)]
     assert noise[0] < 1.5 * noise[1]
+
+
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_in_float32_both_layouts_have_the_same_attention(device, name, monkeypatch):
+    from entropy_fast.kernels import attention
+
+    segments, original = [], attention.segment_attention
+    monkeypatch.setattr(
+        attention, "segment_attention", lambda q, *args: segments.append(len(args[3][0]) - 1) or original(q, *args)
+    )
+    model, r = tiny(name).to(device), rollouts(longest=40)
+    row, rows = score(model, r), score(model, r, packing=False)
+    assert set(segments) >= {2 + len(r), len(r)}  # prompts and completions; rows
+    assert (row.S - rows.S).abs().max() < 2e-5
 
 
 @pytest.mark.usefixtures("fusible")

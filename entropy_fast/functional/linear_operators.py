@@ -10,6 +10,7 @@ temperature is a tensor for the compiler's sake, as in `operators`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def implementation(hidden: torch.Tensor, precision: str) -> Any:
     return reference if hidden.dtype == torch.float32 and exact else linear
 
 
+@functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for this GPU."""
     try:
