@@ -25,13 +25,15 @@ from entropy_fast import Rollouts, score
 from entropy_fast.errors import InputError
 from entropy_fast.layout import Layout
 
-# (name in the table, dtype that the weights are held in, `Scoring.precision`), in an order in which no conversion of
+# (name in the table, dtype that the weights are held in, options of `Scoring`), in an order in which no conversion of
 # the weights but the last, to fp16, can round
-SETTINGS = (
-    ("as loaded (bf16)", torch.bfloat16, "as_loaded"),
-    ("float32", torch.bfloat16, "float32"),
-    ("float32, TF32 allowed", torch.float32, "tf32"),
-    ("as loaded (fp16)", torch.float16, "as_loaded"),
+SETTINGS: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
+    ("as loaded (bf16)", torch.bfloat16, {}),
+    ("as loaded (bf16), not fused", torch.bfloat16, {"fusion": False}),
+    ("float32", torch.bfloat16, {"precision": "float32"}),
+    ("float32, not fused", torch.bfloat16, {"precision": "float32", "fusion": False}),
+    ("float32, TF32 allowed", torch.float32, {"precision": "tf32"}),
+    ("as loaded (fp16)", torch.float16, {}),
 )
 PAIRS = (
     ("packed", "the same again"),
@@ -50,11 +52,11 @@ def options_of(layout: str, budget: int) -> dict[str, Any]:
 
 
 def scored(
-    model: torch.nn.Module, r: Rollouts, precision: str, layout: str, budget: int
+    model: torch.nn.Module, r: Rollouts, options: dict[str, Any], layout: str, budget: int
 ) -> tuple[torch.Tensor, Layout] | None:
     """S of every sequence, and how it was computed; None where the model is not trusted with the layout."""
     try:
-        scores = score(model, r, precision=precision, entropy=False, **options_of(layout, budget))
+        scores = score(model, r, entropy=False, **options, **options_of(layout, budget))
         return scores.S.cpu().double(), scores.layout
     except InputError as error:
         print(f"{layout} left out: {error}", file=sys.stderr)
@@ -70,12 +72,12 @@ def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     every = rollouts(prompts, model.config.vocab_size)
     sums: dict[str, dict[str, torch.Tensor]] = {}
     found: list[dict[str, Any]] = []
-    for setting, dtype, precision in SETTINGS:
+    for setting, dtype, chosen in SETTINGS:
         model.to(dtype)
-        most = options.sequences if precision == "as_loaded" else options.float32_sequences
+        most = options.sequences if "precision" not in chosen else options.float32_sequences
         r = every.select(torch.arange(min(most, len(every))))
         layouts = dict.fromkeys(layout for pair in PAIRS for layout in pair)
-        tried = {x: scored(model, r, precision, x, options.token_budget) for x in layouts}
+        tried = {x: scored(model, r, chosen, x, options.token_budget) for x in layouts}
         done = {x: result for x, result in tried.items() if result is not None}
         sums[setting] = {x: S for x, (S, _) in done.items()}
         for one, other in PAIRS:

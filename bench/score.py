@@ -7,7 +7,8 @@ pass, or in several where that is faster, is the floor. The op `head` is what fo
 float32 logits in one piece. All in one run, in turn, the calls of a repeat one behind the other; medians over the
 repeats, and `ms_min`, because the host can be slow and noisy; memory is the peak over the weights, of one call alone.
 `S_difference` is the largest difference of a sequence's S from that of `entropy_fast`, in nats; `share`, of the head's
-row, its part of the whole pass. TRL's functions stand beside it where TRL is installed.
+row, its part of the whole pass, and of one with the model's own layers. TRL's functions stand beside it where TRL is
+installed.
 """
 
 from __future__ import annotations
@@ -162,13 +163,18 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     first = score(model, r)
     if not torch.equal(score(model, r, layout=first.layout).logprob, first.logprob):
         raise AssertionError("the same weights gave other bits")
-    sums = {"entropy_fast, right-padded": score(model, r, packing=False).S, "log_softmax, 8": proposal(model, r, 8)}
+    sums = {
+        "entropy_fast, right-padded": score(model, r, packing=False).S,
+        "entropy_fast, not fused": score(model, r, fusion=False).S,
+        "log_softmax, 8": proposal(model, r, 8),
+    }
     peers = trl_cases(model, r)
     sums |= {case: run() for case, run in peers.items()}
     cases = {
         "entropy_fast": lambda: score(model, r),
         "entropy_fast, no entropy": lambda: score(model, r, entropy=False),
         "entropy_fast, right-padded": lambda: score(model, r, packing=False),
+        "entropy_fast, not fused": lambda: score(model, r, fusion=False),
         "log_softmax, 2": lambda: proposal(model, r, 2),
         "log_softmax, 8": lambda: proposal(model, r, 8),
         "transformer, padded": lambda: dense(model, r.tokens.numel()),
@@ -176,7 +182,7 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
         "transformer, unique": lambda: dense(model, unique),
         "transformer, unique, one pass": lambda: dense(model, unique, per_pass=unique),
     }
-    outputs = {case: LOGPROB if "no entropy" in case or "log_softmax" in case else BOTH for case in list(cases)[:5]}
+    outputs = {case: LOGPROB if "no entropy" in case or "log_softmax" in case else BOTH for case in list(cases)[:6]}
     cases |= peers
     outputs |= dict.fromkeys(peers, BOTH)
     facts: dict[str, Any] = {"shape": {"model": name, "sequences": len(r), "unique_tokens": unique}}
@@ -194,7 +200,9 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     for row in heads:
         if row["impl"] == "entropy_fast":
             row["share"] = row["ms"] / ms["score", "entropy_fast"]
-            print(f"{name}: the head is {100 * row['share']:.1f}% of the pass")
+            row["share_not_fused"] = row["ms"] / ms["score", "entropy_fast, not fused"]
+            shares = f"{row['share']:.1%} of the pass, {row['share_not_fused']:.1%} of one that is not fused"
+            print(f"{name}: the head is {shares}")
     return found + heads
 
 
