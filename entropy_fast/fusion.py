@@ -16,6 +16,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,7 @@ _ROTARY_NAME = "apply_rotary_pos_emb"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Forward = Callable[..., Any]
+_ACTIVE: ContextVar[bool] = ContextVar("active", default=False)
 
 
 class Fusion:
@@ -73,9 +75,11 @@ class Fusion:
 
     Args:
         model: an unwrapped model; only looked at.
+        single: the model computes in float32; linear layers have a kernel too then, whose bits do not depend on how
+            many rows there are, as the library's do.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, single: bool = False) -> None:
         attentions: dict[Forward, Forward] = {}
         self._forwards: list[tuple[nn.Module, Forward]] = []
         for module in model.modules():
@@ -86,6 +90,8 @@ class Fusion:
                 self._forwards.append((module, _norm(module, own, form)))
             elif _spelt(own, _GATED_MLP) and (activation := _activation(module.act_fn)) is not None:
                 self._forwards.append((module, _mlp(module, own, activation)))
+            elif single and type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                self._forwards.append((module, functools.partial(float32_linear, module)))
             elif _rotates(own):
                 if own not in attentions:
                     rotary = _rotary(own.__globals__[_ROTARY_NAME])
@@ -99,6 +105,7 @@ class Fusion:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """While entered, the layers run by their kernels wherever gradients are off."""
+        token = _ACTIVE.set(True)
         try:
             for module, forward in self._forwards:
                 vars(module)["forward"] = forward
@@ -106,6 +113,19 @@ class Fusion:
         finally:
             for module, _ in self._forwards:
                 vars(module).pop("forward", None)
+            _ACTIVE.reset(token)
+
+
+def float32_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32, whatever its weights are held in: by its kernel while a `Fusion` is active."""
+    weight, bias = module.weight, module.bias
+    if _ACTIVE.get() and x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float32) and serves(x):
+        from entropy_fast.kernels.gemm import WIDTH_STEP, linear
+
+        plain = type(weight) is nn.Parameter and weight.is_contiguous() and weight.device == x.device
+        if plain and weight.shape[1] % WIDTH_STEP == 0:
+            return linear(x, weight, bias)
+    return nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
 
 
 def _norm_form(module: nn.Module, forward: Forward) -> NormForm | None:

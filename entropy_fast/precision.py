@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from entropy_fast.fusion import float32_linear
 
 Precision = Literal["as_loaded", "float32", "tf32"]
 _LOW = (torch.bfloat16, torch.float16)
@@ -50,8 +53,9 @@ def model_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
     Args:
         model: its weights keep their dtype and their bits.
         precision: `as_loaded` changes nothing. `float32` raises low-precision weights one module at a time, while
-            that module runs, and allows no TF32; the model's own code then computes in float32 throughout. `tf32`
-            is as loaded with TF32 matrix products allowed.
+            that module runs, and allows no TF32; the model's own code then computes in float32 throughout. Where
+            kernels may be used (`fusion`), linear layers take bfloat16 weights as they are. `tf32` is as loaded with
+            TF32 matrix products allowed.
     """
     if precision == "as_loaded":
         yield
@@ -67,14 +71,17 @@ def model_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _raised(model: nn.Module) -> Iterator[None]:
-    """Hooks that hold a module's own low-precision tensors as float32 while its forward runs."""
+    """Hooks that hold a module's own low-precision tensors as float32 while its forward runs; linear layers do so."""
     handles = []
+    linears = []
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         low = [t for t in own if t.dtype in _LOW]
         if type(module) is nn.Embedding and low:
             # a row looked up and then raised has the same bits, without a raised copy of the whole vocabulary
             handles.append(module.register_forward_hook(lambda _, __, output: output.float()))
+        elif type(module) is nn.Linear and low and "forward" not in vars(module):
+            linears.append(module)
         elif low:
             stack: list[list[Tensor]] = []
 
@@ -93,7 +100,11 @@ def _raised(model: nn.Module) -> Iterator[None]:
             # always_call: the weights come back also when the forward raises
             handles.append(module.register_forward_hook(lower, always_call=True))
     try:
+        for module in linears:
+            vars(module)["forward"] = functools.partial(float32_linear, module)
         yield
     finally:
+        for module in linears:
+            vars(module).pop("forward", None)
         for handle in handles:
             handle.remove()

@@ -200,8 +200,8 @@ class Scorer:
         self.dense = DenseRollouts.pack(rollouts, self.masks)
         self.device = input_embedding(model).device
         loaded = scoring.precision == "as_loaded" and input_embedding(model).dtype == torch.float32
-        single = scoring.precision == "float32" or (loaded and scoring.autocast is None)
-        self._trunk = Trunk(model, self.head, single=single)
+        self._single = scoring.precision == "float32" or (loaded and scoring.autocast is None)
+        self._trunk = Trunk(model, self.head, single=self._single)
         self._result_device = rollouts.tokens.device
         self.layout = self._plan(packing, fusion)
         self._most_tokens: float = float("inf")
@@ -228,9 +228,11 @@ class Scorer:
         states = self._trunk(batch, fused=self.layout.fused)
         if self.head.mode == "logits":
             return token_stats(states, batch.targets.to(states.device), temperature=self.scoring.temperature)
-        if self.head.mode == "fused":
+        # fused linear layers in float32 are exact enough for logits, and their bits do not depend on the layout
+        if self.head.mode == "fused" and not (self._single and self.layout.fused):
             return self._fused(states, batch.targets)
-        return self._by_module(states, batch.targets)
+        with self._trunk.layers(fused=self.layout.fused):
+            return self._by_module(states, batch.targets)
 
     def _fused(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         module: Any = self.head.module

@@ -88,8 +88,8 @@ class Trunk:
     Args:
         model: a causal language model.
         head: see `find_head`.
-        single: its passes compute in float32. Fused, padded rows then have the packed rows' attention, so that both
-            layouts are rounded alike.
+        single: its passes compute in float32. Fused, padded rows then have the packed rows' attention and linear layers
+            a kernel, so that all layouts are rounded alike.
     """
 
     def __init__(self, model: nn.Module, head: Head, *, single: bool = False) -> None:
@@ -99,28 +99,30 @@ class Trunk:
         self._kwargs = forward_kwargs(self._base)
         self._takes_positions = accepts(self._base, "position_ids")
         self._configs = attention_configs(self._base)
+        self._single = single
         self._own_attention = not single or bool(packing_obstacle(self._base))
 
     @functools.cached_property
     def _fusion(self) -> Fusion:
-        return Fusion(self._base)
+        return Fusion(self._base, single=self._single)
+
+    def layers(self, *, fused: bool) -> contextlib.AbstractContextManager[None]:
+        """While entered, layers that have a kernel run by it, if `fused`; not in passes with gradients."""
+        return self._fusion.active() if fused else contextlib.nullcontext()
 
     def __call__(self, batch: Microbatch, *, fused: bool = False) -> Tensor:
         """(R, width): the head's inputs at the active positions; in mode `logits`, the logits there.
 
-        With `fused`, layers that have a kernel run by it; not in passes with gradients.
+        `fused`: see `layers`.
         """
         kwargs = dict(self._kwargs)
         if batch.segments is not None:
             kwargs["position_ids"] = batch.position_ids
-        with contextlib.ExitStack() as ways:
-            segments = batch.segments
-            if fused:
-                ways.enter_context(self._fusion.active())
-                if segments is None and not self._own_attention:
-                    segments = Segments.of_rows(*batch.input_ids.shape)
-            if segments is not None:
-                ways.enter_context(packed_attention(self._configs, segments))
+        segments = batch.segments
+        if segments is None and fused and not self._own_attention:
+            segments = Segments.of_rows(*batch.input_ids.shape)
+        attention = contextlib.nullcontext() if segments is None else packed_attention(self._configs, segments)
+        with self.layers(fused=fused), attention:
             if self.head.mode == "logits":
                 output = self.model(input_ids=batch.input_ids, **kwargs).logits
             else:

@@ -162,7 +162,7 @@ def tile_queries(q: torch.Tensor) -> int:
 
 
 def _sizes(itemsize: int) -> dict[str, int]:
-    return {"QUERIES": 32, "KEYS": 16} if itemsize == 4 else {"QUERIES": 64, "KEYS": 64}
+    return {"QUERIES": 32, "KEYS": 16} if itemsize == 4 else {"QUERIES": 64, "KEYS": 32}
 
 
 @cache
