@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from entropy_fast.kernels.launch import ceil_div, launch
 from entropy_fast.kernels.linear_operands import (
@@ -261,59 +262,63 @@ class _Selection(NamedTuple):
 
     Attributes:
         order: (rows,), the row at each place.
-        lead: the rows at so many first places are taken by every slab.
+        index: (slabs, pitch), the rows that a slab takes, in that order; what follows them means nothing.
+        scattered: (slabs, pitch), and their places behind the lead, ascending; negative in the lead.
+        targets: (slabs, pitch), the rows' targets, counted from the slab's first column.
+        coefficients: (slabs, pitch) each.
         counts: how many rows each slab takes.
-        slabs: (Σ counts,), slab by slab and one entry for each row it takes, the slab.
-        places: (Σ counts,), and the row's place, ascending in a slab, so that the lead is first.
+        lead: the rows at so many first places are taken by every slab.
     """
 
     order: torch.Tensor
-    lead: int
+    index: torch.Tensor
+    scattered: torch.Tensor
+    targets: torch.Tensor
+    coefficients: RowCoefficients
     counts: list[int]
-    slabs: torch.Tensor
-    places: torch.Tensor
+    lead: int
 
     @classmethod
-    def of(cls, kept: torch.Tensor) -> _Selection:
-        """From (slabs, rows) bool. Waits for the device, and nothing after it does."""
+    def of(cls, kept: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients, columns: int) -> _Selection:
+        """From (slabs, rows) bool, for slabs of so many columns.
+
+        Waits for the device once, when all of this is under way, and nothing after it does: what a slab needs of its
+        rows' numbers is a piece of a tensor, which costs the host next to nothing.
+        """
         order = kept.sum(0).argsort(descending=True, stable=True)
         kept = kept.index_select(1, order)
-        *counts, lead = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)]).tolist()
-        slabs, places = kept.nonzero().unbind(1)
-        return cls(order, lead, counts, slabs, places)
+        counts = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)])
+        # every slab's numbers start on 16 bytes, or the kernel would be compiled for each way of not doing so
+        gone = pad(kept.logical_not(), (0, -kept.shape[1] % 4), value=True)
+        places = gone.to(torch.uint8).argsort(dim=1, stable=True).clamp(max=kept.shape[1] - 1)
+        index = order[places]
+        first = torch.arange(len(kept), device=kept.device)[:, None] * columns
+        of_rows = RowCoefficients(*(None if t is None else t[index] for t in coefficients))
+        scattered, local_targets = places - counts[-1], targets[index] - first
+        *of_slabs, lead = counts.tolist()
+        return cls(order, index, scattered, local_targets, of_rows, of_slabs, lead)
 
 
-def _filtered_slabs(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    coefficients: RowCoefficients,
-    vocab: int,
-    selection: _Selection,
-) -> Iterator[_Slab]:
+def _filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: _Selection) -> Iterator[_Slab]:
     """The rows that were selected, in their new order, in the slabs whose mass the forward has measured.
 
-    The hidden states of the lead are gathered once, those of a slab's other rows behind them. Whatever is small is
-    gathered for all slabs at once: the host has to keep ahead of the device.
+    The hidden states of the lead are gathered once, those of a slab's other rows behind them.
     """
-    order, lead, counts, slabs, places = selection
-    columns = filter_columns(hidden.device)
-    index = order.index_select(0, places)
-    local_targets = targets.index_select(0, index) - slabs * columns
-    numbers = [[None] * len(counts) if t is None else t.index_select(0, index).split(counts) for t in coefficients]
-    sizes = [size for count in counts for size in (lead, count - lead)]
-    sources, scattered = (t.split(sizes)[1::2] for t in (index, places - lead))
-    room = _room(max(counts), columns, hidden)
-    x = hidden.new_empty(max(counts), hidden.shape[1])
-    torch.index_select(hidden, 0, order[:lead], out=x[:lead])
-    of_slabs = zip(
-        range(0, vocab, columns), counts, sources, scattered, local_targets.split(counts), *numbers, strict=True
-    )
-    for start, count, source, others, local, *of_rows in of_slabs:
+    lead, most = selection.lead, max(selection.counts)
+    room = _room(most, columns, hidden)
+    x = hidden.new_empty(most, hidden.shape[1])
+    torch.index_select(hidden, 0, selection.order[:lead], out=x[:lead])
+    for slab, count in enumerate(selection.counts):
+        rows = scattered = None
         if count > lead:
-            torch.index_select(hidden, 0, source, out=x[lead:count])
-        here = x[:count]
-        rows = _Rows(here, Operand.of(here), local, RowCoefficients(*of_rows)) if count else None
-        yield _Slab(slice(start, min(start + columns, vocab)), rows, others if count > lead else None, room)
+            torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
+            scattered = selection.scattered[slab, lead:count]
+        if count:
+            here = x[:count]
+            numbers = (None if t is None else t[slab, :count] for t in selection.coefficients)
+            rows = _Rows(here, Operand.of(here), selection.targets[slab, :count], RowCoefficients(*numbers))
+        start = slab * columns
+        yield _Slab(slice(start, min(start + columns, vocab)), rows, scattered, room)
 
 
 class _HiddenSum(NamedTuple):
@@ -387,12 +392,13 @@ def linear_backward(
     coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
-    selection = None if kept is None else _Selection.of(kept)
+    columns = filter_columns(device)
+    selection = None if kept is None else _Selection.of(kept, targets, coefficients, columns)
     hidden_sum = _HiddenSum.of(hidden, selection) if needs_hidden else None
     if selection is None:
         slabs = _slabs(_Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight)
     else:
-        slabs = _filtered_slabs(hidden, targets, coefficients, vocab, selection)
+        slabs = _filtered_slabs(hidden, vocab, columns, selection)
     _run_slabs(slabs, weight, bias, transform, tiling, gain, hidden_sum, d_weight, d_bias)
     if d_bias is not None:
         d_bias = (d_bias if gain is None else d_bias.div_(gain)).to(weight.dtype if bias is None else bias.dtype)
