@@ -6,41 +6,17 @@ started by `test_in_the_interpreter`. The interpreter has no bf16 products; fp16
 
 import dataclasses
 import itertools
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the other half")
+@starter
 def test_in_the_interpreter():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--import-mode=importlib",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    run = subprocess.run(
-        [*command, __file__], env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert re.search(r"[1-9]\d* passed", run.stdout)
+    run_interpreted(__file__)
 
 
 def oracle(hidden, weight, targets, bias, transform):
@@ -318,25 +294,11 @@ def _compile(kernel, signature, constants, target, gluon=False, **options):
     return triton.compile(source, target=target, options=options)
 
 
-def _spilled_bytes(compiled):
-    """Bytes of stack that ptxas's spills take, from the cubin's resource usage."""
-    from triton.backends.nvidia import driver
-
-    tool = Path(driver.__file__).parent / "bin" / "cuobjdump"
-    cubin = Path(os.environ.get("TMPDIR", "/tmp")) / f"linear-{os.getpid()}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    try:
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    finally:
-        cubin.unlink()
-    return int(re.search(r"STACK:(\d+)", usage)[1])
-
-
 FORWARD_SCALARS = {"N": "i32", "C": "i32", "K": "i32", "n_units": "i32", "factor": "fp32", "squeeze": "fp32"}
 NAMES = ("row_scale_ptr", "col_scale_ptr", "bias_ptr")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@compiles
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
     ("backend", "arch", "tma"), [("cuda", 80, False), ("cuda", 90, True), ("cuda", 100, True), ("hip", "gfx942", False)]
@@ -369,11 +331,11 @@ def test_triton_kernels_compile(backend, arch, tma, backward):
     assert compiled.metadata.shared <= limit
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@compiles
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("settings", ["HOPPER", "HOPPER_ACCURATE"])
-def test_hopper_kernels_compile(backward, options, settings):
+def test_hopper_kernels_compile(backward, options, settings, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
 
@@ -405,4 +367,4 @@ def test_hopper_kernels_compile(backward, options, settings):
     assert compiled.metadata.shared <= 227 * 1024
     sass_free_of_spills = not options and not parts and triton.__version__.startswith("3.6")
     if sass_free_of_spills:
-        assert _spilled_bytes(compiled) == 0
+        assert stack_bytes(compiled, tmp_path) == 0
