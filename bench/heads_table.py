@@ -25,6 +25,7 @@ from bench.tiny_classes import VOCAB, build
 from entropy_fast import Rollouts, score
 from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.files import atomic_text
+from entropy_fast.fusion import Fusion
 from entropy_fast.heads import find_head, forward_kwargs
 
 SECONDS = 60
@@ -37,6 +38,7 @@ class Row:
     name: str
     mode: str
     packed: str
+    kernels: str
     difference: str
     note: str
 
@@ -65,7 +67,7 @@ def examine(name: str) -> Row:
     try:
         model = build(name)
     except Exception as error:
-        return Row(name, "not tried", "", "", _first_line(error))
+        return Row(name, "not tried", "", "", "", _first_line(error))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", EntropyFastWarning)
@@ -73,12 +75,13 @@ def examine(name: str) -> Row:
             scores = score(model, r := rollouts())
         difference = float((scores.S - own_logits(model, r)).abs().max())
     except InputError as error:
-        return Row(name, "refused", "", "", _first_line(error))
+        return Row(name, "refused", "", "", "", _first_line(error))
     except Exception as error:
-        return Row(name, "FAILED" if _runs(model) else "not tried", "", "", _first_line(error))
+        return Row(name, "FAILED" if _runs(model) else "not tried", "", "", "", _first_line(error))
     notes = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, EntropyFastWarning))
     layout = "packed" if scores.layout.packed else "padded"
-    return Row(name, head.mode, layout, f"{difference:.0e}", "; ".join(notes).replace(f"{name}: ", ""))
+    kernels = ", ".join(sorted(Fusion(model).kinds))
+    return Row(name, head.mode, layout, kernels, f"{difference:.0e}", "; ".join(notes).replace(f"{name}: ", ""))
 
 
 def _runs(model: torch.nn.Module) -> bool:
@@ -106,7 +109,7 @@ def rows() -> Iterator[Row]:
         try:
             yield examine(name)
         except Exception as error:
-            yield Row(name, "not tried", "", "", _first_line(error))
+            yield Row(name, "not tried", "", "", "", _first_line(error))
         finally:
             signal.alarm(0)
 
@@ -132,16 +135,18 @@ def main() -> None:
             "nats, from the class's own logits of that sequence alone.\n\n"
             "`fused`: hidden states and head go to the kernel, no logits exist. `module`: the head is called on chunks "
             "of rows. `logits`: the model's own logits, a microbatch at a time. `packed` and `padded` say which layout "
-            "was taken.\n\n"
+            "was taken. `kernels`: layers that run by a kernel in scoring passes on a GPU, if a trial on the model "
+            "agrees.\n\n"
             "Classes that read an image beside the text are scored on text. Those that are bidirectional unless their "
             "configuration says otherwise (XLM, XLNet, BERT's relatives, PaliGemma) are built with the setting that "
             "makes them causal. Refused: what gives no probability of a sequence from its tokens alone (encoder-"
             "decoders, models that need an image, bidirectional ones). Not tried: no small one could be built.\n\n"
             + ", ".join(f"{n} {mode}" for mode, n in counts.items())
-            + f", of {len(found)} classes.\n\n| class | head | layout | difference | note |\n|---|---|---|---|---|\n"
+            + f", of {len(found)} classes.\n\n| class | head | layout | kernels | difference | note |\n"
+            "|---|---|---|---|---|---|\n"
         )
         for row in found:
-            out.write(f"| {row.name} | {row.mode} | {row.packed} | {row.difference} | {row.note} |\n")
+            out.write(f"| {row.name} | {row.mode} | {row.packed} | {row.kernels} | {row.difference} | {row.note} |\n")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import functools
 import inspect
 import textwrap
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,14 @@ Forward = Callable[..., Any]
 _ACTIVE: ContextVar[bool] = ContextVar("active", default=False)
 
 
+class _Layer(NamedTuple):
+    """A module, the forward that runs its kernel, and what kind of layer it is."""
+
+    module: nn.Module
+    forward: Forward
+    kind: str
+
+
 class Fusion:
     """The layers of a model that have a kernel; `with fusion.active():` runs them by it.
 
@@ -81,37 +90,38 @@ class Fusion:
 
     def __init__(self, model: nn.Module, *, single: bool = False) -> None:
         attentions: dict[Forward, Forward] = {}
-        self._forwards: list[tuple[nn.Module, Forward]] = []
+        self._layers: list[_Layer] = []
         for module in model.modules():
             own = type(module).forward
             if "forward" in vars(module) or not isinstance(own, types.FunctionType):
                 continue
             if (form := _norm_form(module, own)) is not None:
-                self._forwards.append((module, _norm(module, own, form)))
+                self._layers.append(_Layer(module, _norm(module, own, form), "norm"))
             elif _spelt(own, _GATED_MLP) and (activation := _activation(module.act_fn)) is not None:
-                self._forwards.append((module, _mlp(module, own, activation)))
+                self._layers.append(_Layer(module, _mlp(module, own, activation), "gated MLP"))
             elif single and type(module) is nn.Linear and module.weight.dtype == torch.float32:
-                self._forwards.append((module, functools.partial(float32_linear, module)))
+                self._layers.append(_Layer(module, functools.partial(float32_linear, module), "linear"))
             elif _rotates(own):
                 if own not in attentions:
                     rotary = _rotary(own.__globals__[_ROTARY_NAME])
                     attentions[own] = _with_global(own, _ROTARY_NAME, rotary)
-                self._forwards.append((module, types.MethodType(attentions[own], module)))
+                self._layers.append(_Layer(module, types.MethodType(attentions[own], module), "rotation"))
 
-    def __len__(self) -> int:
-        """How many layers have a kernel."""
-        return len(self._forwards)
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many layers of each kind have a kernel."""
+        return Counter(layer.kind for layer in self._layers)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """While entered, the layers run by their kernels wherever gradients are off."""
         token = _ACTIVE.set(True)
         try:
-            for module, forward in self._forwards:
+            for module, forward, _ in self._layers:
                 vars(module)["forward"] = forward
             yield
         finally:
-            for module, _ in self._forwards:
+            for module, _, _ in self._layers:
                 vars(module).pop("forward", None)
             _ACTIVE.reset(token)
 

@@ -194,7 +194,7 @@ class Trunk:
             return "its layers have kernels for GPUs with Triton alone"
         if is_compiled(self._base):
             return "it is compiled, and would be compiled again"
-        return "" if len(self._fusion) else "none of its layers is spelled as those that have a kernel"
+        return "" if self._fusion.kinds else "none of its layers is spelled as those that have a kernel"
 
     def _packing_obstacle(self) -> str:
         obstacle = packing_obstacle(self._base)

@@ -11,6 +11,7 @@ from tiny_models import VOCAB, tiny
 from torch import nn
 from without_gpu import interpreted, run_interpreted, starter
 
+from bench.tiny_classes import build
 from entropy_fast import fusion
 from entropy_fast.config import Config
 from entropy_fast.errors import InputError
@@ -47,28 +48,21 @@ def rollouts(seed=0, prompts=2, group=2, longest=12):
     return Rollouts.from_lists(heads, [torch.randint(3, VOCAB, (n,), generator=g).tolist() for n in lengths])
 
 
-def kinds(model):
-    """How many layers have a kernel, by what they hold."""
-    layers = [module for module, _ in Fusion(model)._forwards]
-    marks = {"Norm": "weight", "MLP": "gate_proj", "Attention": "q_proj"}
-    return {kind: n for kind, mark in marks.items() if (n := sum(hasattr(layer, mark) for layer in layers))}
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama", {"Norm": 5, "MLP": 2, "Attention": 2}),
-        ("qwen2", {"Norm": 5, "MLP": 2, "Attention": 2}),
-        ("qwen3", {"Norm": 9, "MLP": 2, "Attention": 2}),
-        ("gemma2", {"Norm": 9, "MLP": 2, "Attention": 2}),
-        ("granite", {"Norm": 5, "MLP": 2, "Attention": 2}),
-        ("cohere", {"MLP": 2}),  # LayerNorm, and pairs that lie side by side
-        ("phi", {"Attention": 2}),  # LayerNorm; its kernel will refuse the part of a head that phi rotates
+        ("llama", {"norm": 5, "gated MLP": 2, "rotation": 2}),
+        ("qwen2", {"norm": 5, "gated MLP": 2, "rotation": 2}),
+        ("qwen3", {"norm": 9, "gated MLP": 2, "rotation": 2}),
+        ("gemma2", {"norm": 9, "gated MLP": 2, "rotation": 2}),
+        ("granite", {"norm": 5, "gated MLP": 2, "rotation": 2}),
+        ("cohere", {"gated MLP": 2}),  # LayerNorm, and pairs that lie side by side
+        ("phi", {"rotation": 2}),  # LayerNorm; its kernel will refuse the part of a head that phi rotates
         ("gpt2", {}),
     ],
 )
 def test_layers_are_recognised_by_what_they_compute(name, expected):
-    assert kinds(tiny(name)) == expected
+    assert Fusion(tiny(name)).kinds == expected
 
 
 def test_another_spelling_is_left_alone():
@@ -81,9 +75,9 @@ def test_another_spelling_is_left_alone():
 
     model = tiny("llama")
     model.model.norm.__class__ = Louder
-    assert kinds(model)["Norm"] == 4
+    assert Fusion(model).kinds["norm"] == 4
     model.model.norm.__class__ = Same
-    assert kinds(model)["Norm"] == 5
+    assert Fusion(model).kinds["norm"] == 5
 
 
 def test_a_forward_on_the_instance_and_an_unknown_activation_are_left_alone():
@@ -91,7 +85,7 @@ def test_a_forward_on_the_instance_and_an_unknown_activation_are_left_alone():
     first, second = model.model.layers
     first.mlp.forward = lambda x: x
     second.mlp.act_fn = nn.Tanh()
-    assert "MLP" not in kinds(model)
+    assert "gated MLP" not in Fusion(model).kinds
     with Fusion(model).active():
         assert first.mlp.forward(3) == 3
     assert first.mlp.forward(3) == 3
@@ -165,6 +159,22 @@ def test_a_fused_pass_scores_what_the_models_own_code_scores(device, name, packi
     # (float16 pieces, which the interpreter needs, lose what is below 6e-8)
     assert error <= max(3 * usual, 2e-5 if device == "cuda" else 1e-4)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["Mistral", "Mixtral", "Gemma3", "Olmo2", "Glm4", "Phi3", "DeepseekV3", "GptOss"])
+def test_layers_of_other_families_compute_what_their_own_code_does(device, family):
+    model = build(f"{family}ForCausalLM").to(device).eval()
+    fusion_of_it = Fusion(model)
+    ids = torch.randint(3, VOCAB, (2, 9), device=device)
+    own = model(ids, use_cache=False).logits
+    with fusion_of_it.active():
+        fused = model(ids, use_cache=False).logits
+    assert fusion_of_it.kinds
+    # two layers of float32
+    assert (fused - own).abs().max() <= 1e-5 * own.abs().max()
 
 
 @pytest.mark.gpu
