@@ -1,4 +1,4 @@
-"""A model's elementwise layers as one kernel each, in passes without gradients; which tensors a kernel serves.
+"""A model's layers as one kernel each, in passes without gradients; which tensors a kernel serves.
 
 transformers spells norms, gated MLPs and rotary positions out in small operations. What a layer computes is read from
 the code that it runs, not from its name: the forward's syntax tree is compared with the spellings below, which most
@@ -116,26 +116,47 @@ class Fusion:
     def active(self) -> Iterator[None]:
         """While entered, the layers run by their kernels wherever gradients are off."""
         token = _ACTIVE.set(True)
+        before = [vars(module).get("forward") for module, _, _ in self._layers]
         try:
             for module, forward, _ in self._layers:
                 vars(module)["forward"] = forward
             yield
         finally:
-            for module, _, _ in self._layers:
-                vars(module).pop("forward", None)
+            for (module, _, _), earlier in zip(self._layers, before, strict=True):
+                if earlier is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = earlier
             _ACTIVE.reset(token)
 
 
 def float32_linear(module: nn.Linear, x: Tensor) -> Tensor:
     """The layer in float32, whatever its weights are held in: by its kernel while a `Fusion` is active."""
     weight, bias = module.weight, module.bias
-    if _ACTIVE.get() and x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float32) and serves(x):
-        from entropy_fast.kernels.gemm import WIDTH_STEP, linear
+    if _ACTIVE.get() and _linear_serves(x, weight, bias):
+        from entropy_fast.kernels.gemm import linear
 
-        plain = type(weight) is nn.Parameter and weight.is_contiguous() and weight.device == x.device
-        if plain and weight.shape[1] % WIDTH_STEP == 0:
-            return linear(x, weight, bias)
-    return nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
+        return linear(x, weight, bias)
+    return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _linear_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    from entropy_fast.kernels.gemm import WIDTH_STEP
+
+    return (
+        x.dtype == torch.float32
+        and weight.dtype in (torch.bfloat16, torch.float32)
+        and not torch.is_autocast_enabled(x.device.type)
+        and serves(x)
+        and x.shape[-1:] == weight.shape[1:]
+        and weight.shape[1] % WIDTH_STEP == 0
+        and weight.numel() > 0
+        and all(
+            type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.device == x.device
+            for t in (weight, bias)
+            if t is not None
+        )
+    )
 
 
 def _norm_form(module: nn.Module, forward: Forward) -> NormForm | None:
@@ -173,11 +194,17 @@ def _mlp(module: Any, own: Forward, activation: Activation) -> Forward:
         gate, up = module.gate_proj(args[0]), module.up_proj(args[0])
         if not serves(gate, up) or gate.shape != up.shape or gate.numel() % GATED_STEP:
             return module.down_proj(module.act_fn(gate) * up)
-        # what a plain layer has just made is nobody else's, if no hook has seen it
-        plain = type(module.gate_proj) is nn.Linear and not module.gate_proj._forward_hooks
-        return module.down_proj(gated(gate, up, activation, in_place=plain))
+        return module.down_proj(gated(gate, up, activation, in_place=_output_is_ours(module.gate_proj)))
 
     return forward
+
+
+def _output_is_ours(layer: nn.Module) -> bool:
+    """Whether what the layer has just made is nobody else's: it is a plain one, and no hook has seen the output."""
+    hooked = layer._forward_hooks or nn.modules.module._global_forward_hooks
+    own = vars(layer).get("forward")
+    plain = own is None or (isinstance(own, functools.partial) and own.func is float32_linear)
+    return type(layer) is nn.Linear and plain and not hooked
 
 
 def _rotary(own: Forward) -> Forward:
@@ -204,21 +231,26 @@ def _rotary_serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether a kernel takes these tensors, gradients being off."""
-    dtype = tensors[0].dtype
+    dtype, device = tensors[0].dtype, tensors[0].device
     return (
         not torch.is_grad_enabled()
         and dtype in _DTYPES
         and all(
-            type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and on_gpu(t) and t.is_contiguous() for t in tensors
+            type(t) in (Tensor, nn.Parameter) and (t.dtype, t.device) == (dtype, device) and t.is_contiguous()
+            for t in tensors
         )
+        and on_gpu(tensors[0])
         and tensors[0].numel() > 0
     )
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has the model or a part of it."""
-    return hasattr(model, "_orig_mod") or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    return any(
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
     )
 
 

@@ -165,17 +165,29 @@ class Head:
     def capture(self) -> Iterator[list[Tensor]]:
         """While entered, the model's forward appends the head's input (batch, T, D) and computes no logits.
 
-        The head returns zeros for one position; the model's own output is of no use then.
+        It is the input of the module's own forward, or in mode `module`, in which the module is called with it later,
+        what it was called with. The head returns zeros for one position; the model's own output is of no use then.
         """
         assert self.module is not None
         captured: list[Tensor] = []
+        called = self.mode == "module"
 
         def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            captured.append(hidden)
+            if not called:
+                captured.append(hidden)
             return hidden.new_zeros(len(hidden), 1, self.columns)
 
-        with _forward_replaced(self.module, keep):
-            yield captured
+        def keep_call(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            captured.append(inputs[0])
+
+        # before hooks that change the input: they will run again
+        handle = self.module.register_forward_pre_hook(keep_call, prepend=True) if called else None
+        try:
+            with _forward_replaced(self.module, keep):
+                yield captured
+        finally:
+            if handle is not None:
+                handle.remove()
 
 
 @contextlib.contextmanager

@@ -100,6 +100,12 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def attention_windows(configs: Sequence[Any]) -> list[int]:
+    """The windows of attention that the configurations name, in tokens."""
+    values = (value for config in configs for name, value in vars(config).items() if "window" in name)
+    return [value for value in values if type(value) is int and value > 0]
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -147,6 +153,8 @@ def attention(
     scale = width**-0.5 if scaling is None else float(scaling)
     if row is not None and row.own.get(id(getattr(module, "config", None))) == "sdpa":
         softcap = None
+    softcap = None if softcap is None else float(softcap)
+    sliding_window = sliding_window or None
     plain = softcap is None and s_aux is None
     flash = plain and _flash_serves(q, v)
     if not flash:

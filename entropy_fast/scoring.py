@@ -18,7 +18,7 @@ from entropy_fast.functional import TokenStats, linear_token_stats, token_stats
 from entropy_fast.heads import eos_token_ids, find_head, input_embedding, unwrap
 from entropy_fast.layout import DenseRollouts, Layout
 from entropy_fast.microbatch import Microbatch, packed, padded
-from entropy_fast.precision import Precision, evaluation_mode, model_precision, one_cpu_thread
+from entropy_fast.precision import Precision, evaluation_mode, model_precision, one_at_a_time, one_cpu_thread
 from entropy_fast.rollouts import Counting, Rollouts, TokenMasks, token_masks
 from entropy_fast.trunk import Trunk
 
@@ -151,7 +151,8 @@ def score(
         InputError: a token id is outside the vocabulary.
     """
     scoring = replace(scoring or Scoring(), **options)
-    with torch.no_grad(), evaluation_mode(model), one_cpu_thread(input_embedding(model).device):
+    device = input_embedding(model).device
+    with one_at_a_time(model), torch.no_grad(), evaluation_mode(model), one_cpu_thread(device):
         scorer = Scorer(model, rollouts, scoring, packing=scoring.packing, fusion=scoring.fusion)
         finished: list[tuple[Microbatch, TokenStats]] = []
         total = int(scorer.dense.input_lengths.sum())
@@ -199,8 +200,7 @@ class Scorer:
         self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
         self.dense = DenseRollouts.pack(rollouts, self.masks)
         self.device = input_embedding(model).device
-        loaded = scoring.precision == "as_loaded" and input_embedding(model).dtype == torch.float32
-        self._single = scoring.precision == "float32" or (loaded and scoring.autocast is None)
+        self._single = _computes_in_float32(model, scoring)
         self._trunk = Trunk(model, self.head, single=self._single)
         self._result_device = rollouts.tokens.device
         self.layout = self._plan(packing, fusion)
@@ -228,8 +228,9 @@ class Scorer:
         states = self._trunk(batch, fused=self.layout.fused)
         if self.head.mode == "logits":
             return token_stats(states, batch.targets.to(states.device), temperature=self.scoring.temperature)
-        # fused linear layers in float32 are exact enough for logits, and their bits do not depend on the layout
-        if self.head.mode == "fused" and not (self._single and self.layout.fused):
+        exact = self._single and self.layout.fused and states.dtype == torch.float32
+        # linear layers with a kernel are exact enough for logits then, and their bits do not depend on the layout
+        if self.head.mode == "fused" and not exact:
             return self._fused(states, batch.targets)
         with self._trunk.layers(fused=self.layout.fused):
             return self._by_module(states, batch.targets)
@@ -252,9 +253,11 @@ class Scorer:
     def _by_module(self, hidden: Tensor, targets: Tensor) -> TokenStats:
         assert self.head.module is not None
         transform = self.head.transform
+        # hooks that come before a plain head have run when its input was captured
+        head = self.head.module.forward if self.head.mode == "fused" else self.head.module
 
         def chunk(h: Tensor, y: Tensor) -> TokenStats:
-            logits = self.head.module(h[None])[0, :, : transform.vocab_size]  # type: ignore[misc]
+            logits = head(h[None])[0, :, : transform.vocab_size]
             return token_stats(
                 logits, y, temperature=self.scoring.temperature, scale=transform.scale, softcap=transform.softcap
             )
@@ -331,6 +334,15 @@ class Scorer:
         middle = len(group) // 2
         for half in (group[:middle], group[middle:]):
             yield from self._run(half)
+
+
+def _computes_in_float32(model: nn.Module, scoring: Scoring) -> bool:
+    """Whether products are to be float32's own: neither cast nor, by the user's leave, TF32's."""
+    embedding = input_embedding(model)
+    if scoring.autocast is not None or torch.is_autocast_enabled(embedding.device.type):
+        return False
+    as_loaded = scoring.precision == "as_loaded" and embedding.dtype == torch.float32
+    return scoring.precision == "float32" or (as_loaded and torch.get_float32_matmul_precision() == "highest")
 
 
 def _collected(scorer: Scorer, finished: list[tuple[Microbatch, TokenStats]]) -> tuple[Tensor, Tensor | None]:

@@ -23,10 +23,16 @@ from torch import Tensor, nn
 from entropy_fast.errors import EntropyFastWarning, InputError
 from entropy_fast.functional.linear_operators import has_triton
 from entropy_fast.fusion import Fusion, is_compiled
-from entropy_fast.heads import Head, accepts, forward_kwargs, unwrap
+from entropy_fast.heads import Head, accepts, forward_kwargs, input_embedding, unwrap
 from entropy_fast.layout import DenseRollouts
 from entropy_fast.microbatch import Microbatch, Segments, packed, padded
-from entropy_fast.packing import attention_configs, dropped_softcap, packed_attention, packing_obstacle
+from entropy_fast.packing import (
+    attention_configs,
+    attention_windows,
+    dropped_softcap,
+    packed_attention,
+    packing_obstacle,
+)
 from entropy_fast.precision import evaluation_mode, model_precision
 
 Scope = Callable[[], contextlib.AbstractContextManager[None]]
@@ -143,16 +149,20 @@ class Trunk:
             device: where the model's inputs go.
             scope: enters the precision of the scoring.
             setting: names that precision; what was found out under one is not taken for another.
-            token_budget: sequences are cut so that two of them fit.
+            token_budget: sequences are cut so that two of them fit, or not below what a window of attention covers.
 
         Raises:
             InputError: a token's score depends on the tokens after it, so the model is not causal.
         """
+        longest = int(dense.input_lengths.max())
         limit = max(_SHORTEST, token_budget // 2)
-        longest = min(int(dense.input_lengths.max()), limit)
+        # a model may have its window in a mask of its own, of which nothing shows in sequences that it covers
+        limit = max([limit, *(window + _SHORTEST for window in attention_windows(self._configs) if window < longest)])
+        longest = min(longest, limit)
         known = _KNOWN.setdefault(self._base, {})
         attention = getattr(getattr(self._base, "config", None), "_attn_implementation", None)
-        key = (self.head.mode, attention, setting, device.type)
+        dtype = input_embedding(self._base).dtype
+        key = (self.head.mode, attention, setting, self._single, dtype, device.type)
         if key in known and known[key][0] >= longest:
             return known[key][1]
         softcap = dropped_softcap(self._base)
@@ -194,6 +204,8 @@ class Trunk:
             return "its layers have kernels for GPUs with Triton alone"
         if is_compiled(self._base):
             return "it is compiled, and would be compiled again"
+        if isinstance(self.model, nn.DataParallel):
+            return "its replicas on other devices would run on this one's weights"
         return "" if self._fusion.kinds else "none of its layers is spelled as those that have a kernel"
 
     def _packing_obstacle(self) -> str:

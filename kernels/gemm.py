@@ -1,9 +1,9 @@
 """x Wᵀ + b in float32 on tensor cores, faster than float32's own units, with bits that depend on the row alone.
 
-float32 numbers are cut into three bfloat16 pieces, 8 bits each, which lose nothing; a product of two pieces is exact in
-float32. Weights that are bfloat16 already are one piece. Tensor cores cut off what they add to a large sum, so they sum
-STEP products alone, the smallest pieces first; the sums of the steps are added in float32. One tiling for any number of
-rows: a library picks its kernel by the shape, and a row's bits with it.
+float32 numbers are cut into three bfloat16 pieces, 8 bits each, which lose nothing of numbers above 1e-33; a product of
+two pieces is exact in float32. Weights that are bfloat16 already are one piece. Tensor cores cut off what they add to a
+large sum, so they sum STEP products alone, the smallest pieces first; the sums of the steps are added in float32. One
+tiling for any number of rows: a library picks its kernel by the shape, and a row's bits with it.
 """
 
 from __future__ import annotations

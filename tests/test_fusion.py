@@ -1,6 +1,7 @@
 """Which layers of a model are recognised, what they give when they run as kernels, and that nothing of it stays."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -287,6 +288,81 @@ def test_tensors_that_a_kernel_does_not_serve_go_the_usual_way(device):
         assert norm(hidden_states=wide).shape == wide.shape
         assert norm(torch.empty(0, 32, device=device)).shape == (0, 32)
         assert mlp(torch.empty(0, 32, device=device)).shape == (0, 32)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_linear_layer_refuses_what_its_own_code_refuses(device):
+    layer = nn.Linear(16, 5).to(device)
+    fused = Fusion(layer, single=True)
+    assert fused.kinds == {"linear": 1}
+    with fused.active():
+        assert layer(torch.randn(2, 16, device=device)).shape == (2, 5)
+        for wrong in (torch.randn(4, 8, device=device), torch.randn(3, 32, device=device)):
+            with pytest.raises(RuntimeError):
+                layer(wrong)
+
+
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_hook_on_the_heads_input_runs_once(device):
+    model, r = tiny("llama").to(device), rollouts()
+    plain = score(model, r, fusion=False)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (1.7 * inputs[0],))
+    own, fused = score(model, r, fusion=False), score(model, r)
+    assert fused.layout.fused
+    assert (own.S - plain.S).abs().max() > 1.0
+    assert (own.S - fused.S).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_tried_in_one_dtype_is_tried_again_in_another(device, monkeypatch):
+    from entropy_fast.kernels import gemm
+
+    model, r = tiny("llama", dtype=torch.float16).to(device), rollouts()
+    assert score(model, r, packing=False).layout.fused
+    original = gemm.linear
+    monkeypatch.setattr(gemm, "linear", lambda *args, **options: 1.001 * original(*args, **options))
+    assert not score(model.float(), r, packing=False).layout.fused
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fusible")
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_reaches_linear_layers(device):
+    layer, x = nn.Linear(16, 8).to(device), torch.randn(3, 16, device=device)
+    with Fusion(layer, single=True).active(), torch.autocast(device, dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_forward_that_came_later_is_there_afterwards():
+    pytest.importorskip("triton")
+    model = tiny("llama")
+    fused, norm = Fusion(model), model.model.norm
+    norm.forward = lambda x: x
+    theirs = norm.forward
+    with fused.active(), fused.active():
+        assert norm.forward is not theirs
+    assert norm.forward is theirs
+
+
+def test_a_compiled_part_makes_a_compiled_model():
+    model = tiny("llama")
+    assert not fusion.is_compiled(model)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert fusion.is_compiled(model)
+
+
+def test_threads_that_score_one_model_take_turns():
+    model, r = tiny("llama", dtype=torch.bfloat16), rollouts()
+    alone = score(model, r, precision="float32")
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: score(model, r, precision="float32"), range(8)))
+    assert all(torch.equal(scores.logprob, alone.logprob) for scores in together)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_cpu_says_that_it_has_no_kernels():

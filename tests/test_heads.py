@@ -163,3 +163,23 @@ def test_eos_ids_are_joined_from_everywhere():
     assert eos_token_ids(model) == (2, 7)
     assert eos_token_ids(model, tokenizer) == (2, 7, 9)
     assert eos_token_ids(nn.Linear(2, 2)) == ()
+
+
+def test_a_hook_before_a_head_that_is_called_runs_once():
+    class Other(torch.nn.Linear):
+        """A head that is no plain linear layer, so that it is called."""
+
+    model = tiny("llama")
+    model.lm_head.__class__ = Other
+    r = Rollouts.from_lists([[5, 6]], [[7, 8, 9]])
+    with pytest.warns(EntropyFastWarning, match="head module is called on chunks"):
+        plain = score(model, r)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (1.7 * inputs[0],))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EntropyFastWarning)
+        hooked = score(model, r)
+    logp = model(r.tokens).logits[0].double().log_softmax(-1)
+    expected = logp[torch.arange(1, 4), r.tokens[0, 2:]].sum()
+    assert abs(float(plain.S - expected)) > 0.1
+    torch.testing.assert_close(hooked.S[0], expected, rtol=1e-5, atol=1e-4)
+    assert len(model.lm_head._forward_pre_hooks) == 1

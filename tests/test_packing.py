@@ -64,6 +64,31 @@ def test_sliding_windows_reach_as_far_as_the_model_says(window):
     torch.testing.assert_close(row.S, rows.S, rtol=1e-11, atol=1e-11)
 
 
+def windowed_by_its_mask():
+    """A model whose window stands in its mask alone, which is not made for a packed row."""
+    config = tf.PhimoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=512,
+        sliding_window=70, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.PhimoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim == 2 else 1.0)
+    return model
+
+
+def test_a_window_that_only_the_models_own_mask_knows_is_not_lost():
+    model, r = windowed_by_its_mask(), grouped(seed=3, prompts=1, longest=200)
+    assert int(r.attention_mask.sum(1).max()) > 70
+    free = score(model, r, token_budget=64)
+    assert not free.layout.packed
+    torch.testing.assert_close(free.S, score(model, r, packing=False).S, rtol=1e-5, atol=1e-4)
+    with pytest.raises(InputError, match="came out differently when packed"):
+        score(model, r, token_budget=64, packing=True)
+
+
 def test_a_softcap_and_a_sink_enter_the_softmax():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
