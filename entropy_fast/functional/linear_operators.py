@@ -87,9 +87,10 @@ def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, pre
 def linear_stats(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The operator; where no gradient is wanted and nothing looks at operators, on a GPU, past the dispatcher."""
+    """The operator; where no gradient is wanted and nothing looks at operators, past the dispatcher."""
+    device = hidden.device.type
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and nobody_looks(hidden)
-    if plain and hidden.is_cuda and not torch.is_autocast_enabled("cuda"):
+    if plain and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device):
         differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
             return _stats(hidden, weight, targets, bias, *rest)

@@ -244,11 +244,14 @@ def row_stats(
 ) -> tuple[Any, ...]:
     """The operator; without `for_backward`, peak and log_sum may be None.
 
-    Where nothing looks at operators a GPU's kernels are called outright: the dispatcher costs the host as much as a
-    small kernel runs.
+    Where nothing looks at operators the implementation is called outright: the dispatcher costs the host as much as a
+    small kernel runs, or as a few rows take a CPU.
     """
-    if logits.is_cuda and nobody_looks(logits):
-        return _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
+    if logits.device.type in ("cpu", "cuda") and nobody_looks(logits):
+        if logits.is_cuda:
+            return _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
+        if not torch.is_autocast_enabled("cpu"):
+            return _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap)
     return torch.ops.entropy_fast.row_stats.default(logits, targets, mask, bias, temperature, scale, softcap)
 
 

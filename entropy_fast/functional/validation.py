@@ -53,7 +53,10 @@ def check_devices(device: torch.device, of: str, **tensors: torch.Tensor | None)
 
 def check_target_range(targets: torch.Tensor, mask: torch.Tensor | None, vocab: int) -> None:
     """On a CPU, name the first active target outside the vocabulary; elsewhere it gives NaN: looking would wait."""
-    if targets.device.type != "cpu":
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    least, most = targets.aminmax()
+    if 0 <= int(least) and int(most) < vocab:
         return
     outside = (targets < 0) | (targets >= vocab)
     if mask is not None:
