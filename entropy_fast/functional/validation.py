@@ -56,7 +56,7 @@ def check_target_range(targets: torch.Tensor, mask: torch.Tensor | None, vocab: 
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     least, most = targets.aminmax()
-    if 0 <= int(least) and int(most) < vocab:
+    if int(least) >= 0 and int(most) < vocab:
         return
     outside = (targets < 0) | (targets >= vocab)
     if mask is not None:
