@@ -36,14 +36,14 @@ def oracle(hidden, weight, targets, bias, transform):
     [(5, 48, 70, False, ()), (18, 37, 33, True, ()), (3, 16, 97, True, (0.7, 0.3, 5.0))],
 )
 def test_both_directions(tma, dtype, rows, width, vocab, bias, options, monkeypatch):
-    from entropy_fast.kernels import linear_backward, linear_operands
+    from entropy_fast.kernels import linear_backward, linear_operands, linear_slabs
     from entropy_fast.kernels.linear_forward import linear_stats
     from entropy_fast.reference.rows import RowGradients
     from entropy_fast.reference.transform import Transform
 
     monkeypatch.setattr(linear_operands, "INTERPRETED", dataclasses.replace(linear_operands.INTERPRETED, tma=tma))
-    monkeypatch.setattr(linear_backward, "SLAB_COLUMNS", 64)
-    monkeypatch.setattr(linear_backward, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(linear_slabs, "SLAB_ENTRIES", 1)
     transform = Transform(*options)
     g = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, width, generator=g).to(dtype)
@@ -69,14 +69,14 @@ def test_both_directions(tma, dtype, rows, width, vocab, bias, options, monkeypa
 @interpreted
 @pytest.mark.parametrize("needs_weight", [True, False])
 def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_weight, monkeypatch):
-    from entropy_fast.kernels import linear_backward
+    from entropy_fast.kernels import linear_backward, linear_slabs
     from entropy_fast.kernels.linear_forward import linear_stats
     from entropy_fast.reference.rows import RowGradients
     from entropy_fast.reference.transform import Transform
 
-    monkeypatch.setattr(linear_backward, "SLAB_COLUMNS", 64)
-    monkeypatch.setattr(linear_backward, "SLAB_ENTRIES", 1)
-    monkeypatch.setattr(linear_backward, "PITCH", 16)
+    monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(linear_slabs, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_slabs, "PITCH", 16)
     rooms = []
     original = linear_backward._slab_dlogits
 
@@ -119,12 +119,12 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     ],
 )
 def test_slabs_of_a_large_head(rows, width, vocab, lent, own):
-    from entropy_fast.kernels.linear_backward import PITCH, _Rows, _slabs
     from entropy_fast.kernels.linear_operands import HOPPER
+    from entropy_fast.kernels.linear_slabs import PITCH, Rows, all_slabs
 
     hidden, d_weight = (torch.empty(n, width, dtype=torch.bfloat16, device="meta") for n in (rows, vocab))
-    of_rows = _Rows(hidden, None, torch.empty(rows, dtype=torch.int64, device="meta"), None)
-    slabs = list(_slabs(of_rows, vocab, HOPPER, d_weight))
+    of_rows = Rows(hidden, None, torch.empty(rows, dtype=torch.int64, device="meta"), None)
+    slabs = list(all_slabs(of_rows, vocab, HOPPER, d_weight))
     assert [slab.columns.start for slab in slabs[1:]] + [vocab] == [slab.columns.stop for slab in slabs]
     assert [slab.columns.stop - slab.columns.start for slab in slabs] == lent + own
     for columns, _, _, room in slabs[: len(lent)]:
@@ -307,7 +307,7 @@ def test_triton_kernels_compile(backend, arch, tma, backward):
     from triton.backends.compiler import GPUTarget
 
     from entropy_fast.kernels import linear_operands
-    from entropy_fast.kernels.linear_backward import dlogits_kernel
+    from entropy_fast.kernels.linear_dlogits import dlogits_kernel
     from entropy_fast.kernels.linear_forward import linear_stats_kernel
 
     t = {80: linear_operands.AMPERE, "gfx942": linear_operands.SMALL}.get(arch, linear_operands.BLACKWELL)

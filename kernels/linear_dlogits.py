@@ -1,0 +1,151 @@
+"""dz = d(log-prob, entropy, log-sum-exp) / d(logits) of a slab of the vocabulary, by a GEMM that makes the logits anew.
+
+Tile by tile the logits turn, in registers, into
+
+    dz = g (1[y] − p) − gH p (log p + H) + gL p,
+
+which is stored once, in 16 bits; of float32 operands as high and low halves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
+from entropy_fast.reference.linear import LinearStats
+from entropy_fast.reference.rows import RowGradients
+from entropy_fast.reference.transform import Transform
+
+
+class RowCoefficients(NamedTuple):
+    """dz = −p (constant + slope · log2 p), and `target` in the target's column; (rows,) float32 each."""
+
+    lse: torch.Tensor
+    constant: torch.Tensor
+    slope: torch.Tensor | None
+    target: torch.Tensor
+
+
+def row_coefficients(
+    stats: LinearStats, grads: RowGradients, transform: Transform, gain: torch.Tensor | float = 1.0
+) -> RowCoefficients:
+    """What dz needs of each row; `lse` in base 2. `gain` multiplies dz.
+
+    The target's entry uses 1 − p = −expm1(log p), which keeps its digits where p → 1.
+    """
+    outer = transform.factor * (transform.squeeze or 1.0) * gain
+    zero = torch.zeros((), device=stats.logprob.device)
+    g = zero if grads.logprob is None else grads.logprob.float()
+    g_lse = zero if grads.lse is None else grads.lse.float()
+    logp = stats.logprob.clamp(min=-1e4)
+    p = logp.exp()
+    constant = g - g_lse
+    target = g_lse * p - g * logp.expm1()
+    slope = None
+    if grads.entropy is not None:
+        g_entropy = grads.entropy.float()
+        constant = constant + g_entropy * stats.entropy
+        target = target - g_entropy * p * (logp + stats.entropy)
+        slope = g_entropy * (LN2.value * outer)
+    lse = (stats.peak + stats.log_sum) * LOG2E.value
+    # a row without its target has no gradient to give
+    constant = torch.where(stats.logprob.isnan(), float("nan"), constant)
+    return RowCoefficients(lse, (constant * outer).expand_as(lse).contiguous(), slope, target * outer)
+
+
+@triton.jit(do_not_specialize=["N", "n_units"])
+def dlogits_kernel(
+    hidden,
+    weight,
+    dz,
+    row_scale_ptr,
+    col_scale_ptr,
+    bias_ptr,
+    target_ptr,
+    lse_ptr,
+    constant_ptr,
+    slope_ptr,
+    dz_target_ptr,
+    N,
+    C,
+    K,
+    hidden_stride,
+    weight_stride,
+    dz_stride,
+    n_units,
+    factor,
+    squeeze,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """dz of every tile, to (rows, columns) in 16 bits; with PARTS its low halves after all high ones."""
+    n_row_tiles = tl.cdiv(N, BM)
+    n_col_tiles = tl.cdiv(C, BN)
+    for unit in tl.range(tl.program_id(0), n_units, PROGRAMS):
+        row_tile, col_tile = tile_of(unit, n_row_tiles, n_col_tiles, GROUP)
+        row0 = row_tile * BM
+        col0 = col_tile * BN
+        acc = product_tile(hidden, weight, row0, col0, N, C, K, hidden_stride, weight_stride, BM, BN, BK, TMA, PARTS)
+        rows = row0 + tl.arange(0, BM)
+        live = rows < N
+        row_scale = tl.load(row_scale_ptr + rows, mask=live, other=0.0) if PARTS else 1.0
+        z, core = base2_logits(
+            acc, row_scale, col_scale_ptr, bias_ptr, col0, C, factor, squeeze, BN, PARTS, HAS_BIAS, SOFTCAP
+        )
+        lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+        weight_of_p = tl.load(constant_ptr + rows, mask=live, other=0.0)[:, None]
+        logp = z - lse[:, None]
+        if HAS_ENTROPY:
+            weight_of_p += tl.load(slope_ptr + rows, mask=live, other=0.0)[:, None] * logp
+        d = -tl.exp2(logp) * weight_of_p
+        target = tl.load(target_ptr + rows, mask=live, other=-1)
+        here = (target >= col0) & (target < col0 + BN)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            column = (target - col0).to(tl.int32)
+            at_target = tl.load(dz_target_ptr + rows, mask=live, other=0.0)
+            d = tl.where(tl.arange(0, BN)[None, :] == column[:, None], at_target[:, None], d)
+        if SOFTCAP:
+            d *= 1.0 - core * core
+        _store_tile(dz, d, row0, col0, N, dz_stride, n_col_tiles * BN, BM, BN, TMA, PARTS)
+
+
+@triton.jit
+def _store_tile(
+    dz,
+    d,
+    row0,
+    col0,
+    N,
+    dz_stride,
+    low_column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """d in dz's 16 bits; with PARTS also what that rounding left, `low_column` columns further."""
+    high = d.to(dz.dtype if TMA else dz.dtype.element_ty)
+    if TMA:
+        dz.store([row0, col0], high)
+    else:
+        rows = row0 + tl.arange(0, BM)[:, None]
+        at = dz + rows.to(tl.int64) * dz_stride + col0 + tl.arange(0, BN)[None, :]
+        tl.store(at, high, mask=rows < N)
+    if PARTS:
+        low = (d - high.to(tl.float32)).to(high.dtype)
+        if TMA:
+            dz.store([row0, low_column + col0], low)
+        else:
+            tl.store(at + low_column, low, mask=rows < N)

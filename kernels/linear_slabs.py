@@ -1,0 +1,168 @@
+"""How the backward goes through the vocabulary: slabs of columns, the rows that each needs, and room for its dz.
+
+Without filtering every slab takes every row, and dz lies in rows of dWeight that are still to come as long as it fits
+there. With it, the forward has said which rows each slab can do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from entropy_fast.kernels.launch import ceil_div
+from entropy_fast.kernels.linear_dlogits import RowCoefficients
+from entropy_fast.kernels.linear_operands import Operand, Tiling
+
+# Vocabulary columns of dz that exist at a time, twice as many where room for them costs nothing: enough for the GEMMs
+# to run at full rate, and 8 × 132 tiles of 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a
+# last, partial wave.
+SLAB_COLUMNS = 8448
+# Rows of dz don't start a power of two apart, where they would crowd the same channels of memory.
+PITCH = 64
+# With few rows the slab may be wider: this many entries of dz.
+SLAB_ENTRIES = 8192 * SLAB_COLUMNS
+
+
+def slab_columns(rows: int, vocab: int, tiling: Tiling) -> int:
+    """Width of a slab of dz, a multiple of the tile's."""
+    columns = max(SLAB_COLUMNS, SLAB_ENTRIES // max(rows, 1) // SLAB_COLUMNS * SLAB_COLUMNS)
+    return min(ceil_div(columns, tiling.BN), ceil_div(vocab, tiling.BN)) * tiling.BN
+
+
+class Rows(NamedTuple):
+    """Hidden states with what dz needs of each row; targets count from the slab's first column."""
+
+    hidden: torch.Tensor
+    operand: Operand
+    targets: torch.Tensor
+    coefficients: RowCoefficients
+
+
+class Slab(NamedTuple):
+    """Columns of the vocabulary, the rows whose dz is computed there (None for none), and room for that dz, flat.
+
+    The rows are those that every slab takes, and then, if there are such, those at `scattered` among the others.
+    """
+
+    columns: slice
+    rows: Rows | None
+    scattered: torch.Tensor | None
+    room: torch.Tensor
+
+
+def _dz_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.bfloat16 if hidden.dtype == torch.float32 else hidden.dtype
+
+
+def dz_pitch(columns: int, hidden: torch.Tensor) -> int:
+    """Entries from one row of dz to the next."""
+    return columns * (2 if hidden.dtype == torch.float32 else 1) + PITCH
+
+
+def _room(rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor:
+    """For one slab of dz."""
+    return torch.empty(rows * dz_pitch(columns, hidden), dtype=_dz_dtype(hidden), device=hidden.device)
+
+
+def all_slabs(rows: Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None) -> Iterator[Slab]:
+    """All rows, slab by slab.
+
+    dz of a slab lies in the rows of dWeight that follow the slab's own, as long as it fits there; the last slabs get a
+    room of their own, a smaller one. What is lent costs nothing, so slabs are twice as wide while that fits: each slab
+    reads and writes all of the float32 dHidden.
+    """
+    total = len(rows.targets)
+    columns = slab_columns(total, vocab, tiling)
+    start = 0
+    if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
+        for lent_columns in (2 * columns, columns):
+            while (room := _lent(d_weight, start + lent_columns, total, lent_columns, rows.hidden)) is not None:
+                yield Slab(slice(start, start + lent_columns), _from_column(start, rows), None, room)
+                start += lent_columns
+    if start:
+        columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
+    room = _room(total, columns, rows.hidden)
+    for first in range(start, vocab, columns):
+        yield Slab(slice(first, min(first + columns, vocab)), _from_column(first, rows), None, room)
+
+
+def _may_lend(d_weight: torch.Tensor, rows: int, columns: int, hidden: torch.Tensor) -> bool:
+    """Whether dz fits into dWeight's dtype, and often enough that smaller slabs at the end are few."""
+    return d_weight.dtype == _dz_dtype(hidden) and 4 * rows * dz_pitch(columns, hidden) <= d_weight.numel()
+
+
+def _lent(d_weight: torch.Tensor, row: int, rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Room for a slab of dz in dWeight from `row` on, None where it does not fit."""
+    first, entries = row * d_weight.shape[1], rows * dz_pitch(columns, hidden)
+    return d_weight.view(-1)[first : first + entries] if first + entries <= d_weight.numel() else None
+
+
+def _from_column(start: int, rows: Rows) -> Rows:
+    return rows._replace(targets=rows.targets - start)
+
+
+class Selection(NamedTuple):
+    """Which rows each slab takes, with the rows put in an order of places: those that more slabs take come first.
+
+    Attributes:
+        order: (rows,), the row at each place.
+        index: (slabs, pitch), the rows that a slab takes, in that order; what follows them means nothing.
+        scattered: (slabs, pitch), and their places behind the lead, ascending; negative in the lead.
+        targets: (slabs, pitch), the rows' targets, counted from the slab's first column.
+        coefficients: (slabs, pitch) each.
+        counts: how many rows each slab takes.
+        lead: the rows at so many first places are taken by every slab.
+    """
+
+    order: torch.Tensor
+    index: torch.Tensor
+    scattered: torch.Tensor
+    targets: torch.Tensor
+    coefficients: RowCoefficients
+    counts: list[int]
+    lead: int
+
+    @classmethod
+    def of(cls, kept: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients, columns: int) -> Selection:
+        """From (slabs, rows) bool, for slabs of so many columns.
+
+        Waits for the device once, when all of this is under way, and nothing after it does: what a slab needs of its
+        rows' numbers is a piece of a tensor, which costs the host next to nothing.
+        """
+        order = kept.sum(0).argsort(descending=True, stable=True)
+        kept = kept.index_select(1, order)
+        counts = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)])
+        # every slab's numbers start on 16 bytes, or the kernel would be compiled for each way of not doing so
+        gone = pad(kept.logical_not(), (0, -kept.shape[1] % 4), value=True)
+        places = gone.to(torch.uint8).argsort(dim=1, stable=True).clamp(max=kept.shape[1] - 1)
+        index = order[places]
+        first = torch.arange(len(kept), device=kept.device)[:, None] * columns
+        of_rows = RowCoefficients(*(None if t is None else t[index] for t in coefficients))
+        scattered, local_targets = places - counts[-1], targets[index] - first
+        *of_slabs, lead = counts.tolist()
+        return cls(order, index, scattered, local_targets, of_rows, of_slabs, lead)
+
+
+def filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: Selection) -> Iterator[Slab]:
+    """The rows that were selected, in their new order, in the slabs whose mass the forward has measured.
+
+    The hidden states of the lead are gathered once, those of a slab's other rows behind them.
+    """
+    lead, most = selection.lead, max(selection.counts)
+    room = _room(most, columns, hidden)
+    x = hidden.new_empty(most, hidden.shape[1])
+    torch.index_select(hidden, 0, selection.order[:lead], out=x[:lead])
+    for slab, count in enumerate(selection.counts):
+        rows = scattered = None
+        if count > lead:
+            torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
+            scattered = selection.scattered[slab, lead:count]
+        if count:
+            here = x[:count]
+            numbers = (None if t is None else t[slab, :count] for t in selection.coefficients)
+            rows = Rows(here, Operand.of(here), selection.targets[slab, :count], RowCoefficients(*numbers))
+        start = slab * columns
+        yield Slab(slice(start, min(start + columns, vocab)), rows, scattered, room)
