@@ -74,8 +74,8 @@ def test_it_compiles(target, split_weight, tmp_path):
     backend, arch = target
     gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     compiled = triton.compile(source, target=gpu, options={"enable_fp_fusion": True} | variant.options)
-    # what every card has, consumers' included
-    assert compiled.metadata.shared <= (65536 if backend == "hip" else 101376)
+    # what every card has, consumers' included, but for Blackwell's data-centre cards, which have more
+    assert compiled.metadata.shared <= {"gfx942": 65536, 100: 232448}.get(arch, 101376)
     if arch == 90:
         assert stack_bytes(compiled, tmp_path) == 0
         assert "wgmma" in compiled.asm["ptx"]
