@@ -52,6 +52,12 @@ _GATED_MLP = """
 down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 return down_proj
 """
+_GATED_MLP_OF_ONE = """
+up_states = self.gate_up_proj(hidden_states)
+gate, up_states = up_states.chunk(2, dim=-1)
+up_states = up_states * self.activation_fn(gate)
+return self.down_proj(up_states)
+"""
 _ROTARY = """
 cos = cos.unsqueeze(unsqueeze_dim)
 sin = sin.unsqueeze(unsqueeze_dim)
@@ -99,6 +105,8 @@ class Fusion:
                 self._layers.append(_Layer(module, _norm(module, own, form), "norm"))
             elif _spelt(own, _GATED_MLP) and (activation := _activation(module.act_fn)) is not None:
                 self._layers.append(_Layer(module, _mlp(module, own, activation), "gated MLP"))
+            elif _spelt(own, _GATED_MLP_OF_ONE) and (activation := _activation(module.activation_fn)) is not None:
+                self._layers.append(_Layer(module, _mlp_of_one(module, own, activation), "gated MLP"))
             elif single and type(module) is nn.Linear and module.weight.dtype == torch.float32:
                 self._layers.append(_Layer(module, functools.partial(float32_linear, module), "linear"))
             elif _rotates(own):
@@ -195,6 +203,22 @@ def _mlp(module: Any, own: Forward, activation: Activation) -> Forward:
         if not serves(gate, up) or gate.shape != up.shape or gate.numel() % GATED_STEP:
             return module.down_proj(module.act_fn(gate) * up)
         return module.down_proj(gated(gate, up, activation, in_place=_output_is_ours(module.gate_proj)))
+
+    return forward
+
+
+def _mlp_of_one(module: Any, own: Forward, activation: Activation) -> Forward:
+    """Gate and up from one product, side by side."""
+    from entropy_fast.kernels.layers import GATED_STEP, gated
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or torch.is_grad_enabled():
+            return own(module, *args, **kwargs)
+        both = module.gate_up_proj(args[0])
+        gate, up = both.chunk(2, dim=-1)
+        if not serves(both) or gate.shape != up.shape or gate.shape[-1] % GATED_STEP:
+            return module.down_proj(up * module.activation_fn(gate))
+        return module.down_proj(gated(gate, up, activation))
 
     return forward
 

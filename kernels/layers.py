@@ -64,13 +64,29 @@ def rms_norm_kernel(
 
 
 @triton.jit(do_not_specialize=["steps"])
-def gated_kernel(out_ptr, gate_ptr, up_ptr, steps, BLOCK: tl.constexpr, STEP: tl.constexpr, ACTIVATION: tl.constexpr):
-    """activation(gate) · up of BLOCK of the STEP · steps entries; out may be gate."""
+def gated_kernel(
+    out_ptr,
+    gate_ptr,
+    up_ptr,
+    steps,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+):
+    """activation(gate) · up of BLOCK of the STEP · steps entries; out may be gate.
+
+    Rows of WIDTH entries start PITCH apart in gate and up; WIDTH is None where they follow each other.
+    """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < steps.to(tl.int64) * STEP
-    x = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    source = at
+    if WIDTH is not None:
+        source = at // WIDTH * PITCH + at % WIDTH
+    x = tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + source, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         y = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":
@@ -144,15 +160,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm) 
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, *, in_place: bool = False) -> torch.Tensor:
-    """activation(gate) · up, in place of the gate where that is allowed.
+    """activation(gate) · up, contiguous, or in place of a contiguous gate where that is allowed.
 
     Args:
-        gate, up: of one shape and dtype (bf16, fp16 or float32), contiguous, a multiple of `GATED_STEP` entries.
+        gate, up: of one shape and dtype (bf16, fp16 or float32), contiguous, a multiple of `GATED_STEP` entries; or
+            the halves of something contiguous, each a multiple of `GATED_STEP` wide.
         activation: `silu`, `gelu` (by the error function) or `gelu_tanh`.
         in_place: nobody else needs the gate.
     """
-    out = gate if in_place else torch.empty_like(gate)
-    variant = _gated_variant(activation)
+    out = gate if in_place else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    variant = _gated_variant(activation, None if gate.is_contiguous() else gate.shape[-1])
     programs = ceil_div(gate.numel(), variant.constants["BLOCK"])
     launch(gated_kernel, programs, (out, gate, up), (gate.numel() // GATED_STEP,), (), variant)
     return out
@@ -183,8 +200,9 @@ def _norm_variant(width: int, form: NormForm) -> Variant:
 
 
 @cache
-def _gated_variant(activation: Activation) -> Variant:
-    return Variant({"BLOCK": _ENTRIES, "STEP": GATED_STEP, "ACTIVATION": activation}, num_warps=4)
+def _gated_variant(activation: Activation, half: int | None) -> Variant:
+    constants = {"BLOCK": _ENTRIES, "STEP": GATED_STEP, "ACTIVATION": activation}
+    return Variant(constants | {"WIDTH": half, "PITCH": half and 2 * half}, num_warps=4)
 
 
 @cache

@@ -105,6 +105,15 @@ def test_gated_activations(device, dtype, activation, in_place):
     assert_rounded_alike(result, own, exact, size, tipped=0.03 if activation == "gelu" else 0.01)
 
 
+@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize("width", [16, 48, 4096])
+def test_gate_and_up_may_be_halves(device, dtype, width):
+    gate, up = torch.randn(2, 5, 2 * width, device=device).to(dtype).chunk(2, dim=-1)
+    result = layers.gated(gate, up, "silu")
+    assert result.is_contiguous()
+    assert torch.equal(result, layers.gated(gate.contiguous(), up.contiguous(), "silu"))
+
+
 def spelt_rotary(q, k, cos, sin):
     def half(x):
         x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
@@ -134,7 +143,7 @@ def test_rotary_positions(device, dtype, batch, angles, heads, key_heads, width)
 @compiles
 @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")], ids=str)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("name", ["norm", "heads_norm", "gated", "rotary"])
+@pytest.mark.parametrize("name", ["norm", "heads_norm", "gated", "halves", "rotary"])
 def test_they_compile(target, dtype, name, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,7 +151,8 @@ def test_they_compile(target, dtype, name, tmp_path):
     kernel, variant = {
         "norm": (layers.rms_norm_kernel, layers._norm_variant(4096, "rounded")),
         "heads_norm": (layers.rms_norm_kernel, layers._norm_variant(128, "shifted")),
-        "gated": (layers.gated_kernel, layers._gated_variant("gelu_tanh")),
+        "gated": (layers.gated_kernel, layers._gated_variant("gelu_tanh", None)),
+        "halves": (layers.gated_kernel, layers._gated_variant("silu", 8960)),
         "rotary": (layers.rotary_kernel, layers._rotary_variant(32, 8, 64)),
     }[name]
     names = kernel.arg_names
