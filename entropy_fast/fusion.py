@@ -65,6 +65,18 @@ q_embed = (q * cos) + (rotate_half(q) * sin)
 k_embed = (k * cos) + (rotate_half(k) * sin)
 return q_embed, k_embed
 """
+_PARTLY_ROTARY = """
+cos = cos.unsqueeze(unsqueeze_dim)
+sin = sin.unsqueeze(unsqueeze_dim)
+rotary_dim = cos.shape[-1]
+q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+q_embed = (q_rot * cos) + (rotate_half(q_rot) * sin)
+k_embed = (k_rot * cos) + (rotate_half(k_rot) * sin)
+q_embed = torch.cat([q_embed, q_pass], dim=-1)
+k_embed = torch.cat([k_embed, k_pass], dim=-1)
+return q_embed, k_embed
+"""
 _ROTATE_HALF = """
 x1 = x[..., : x.shape[-1] // 2]
 x2 = x[..., x.shape[-1] // 2 :]
@@ -234,22 +246,26 @@ def _output_is_ours(layer: nn.Module) -> bool:
 def _rotary(own: Forward) -> Forward:
     from entropy_fast.kernels.layers import rotary
 
+    partly = _spelt(own, _PARTLY_ROTARY)
+
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not args and not kwargs and _rotary_serves(q, k, cos, sin):
+        if not args and not kwargs and _rotary_serves(q, k, cos, sin, partly):
             return rotary(q, k, cos, sin)
         return own(q, k, cos, sin, *args, **kwargs)
 
     return apply_rotary_pos_emb
 
 
-def _rotary_serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if q.ndim != 4 or k.ndim != 4 or q.numel() == 0:
+def _rotary_serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, partly: bool) -> bool:
+    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or q.numel() == 0:
         return False
     batch, _, length, width = q.shape
+    rotated = cos.shape[-1]
     same = (k.shape[0], *k.shape[2:]) == (batch, length, width) and cos.shape == sin.shape
-    fits = same and cos.shape in ((batch, length, width), (1, length, width)) and width % 2 == 0
+    fits = same and cos.shape[0] in (1, batch) and cos.shape[1] == length
+    fits = fits and rotated % 2 == 0 and (rotated == width or (partly and 0 < rotated < width))
     return fits and serves(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
 
@@ -307,7 +323,9 @@ def _activation(module: object) -> Activation | None:
 def _rotates(forward: Forward) -> bool:
     """Whether a forward calls the usual rotation, of which a kernel can take the place."""
     rotation = forward.__globals__.get(_ROTARY_NAME) if _ROTARY_NAME in forward.__code__.co_names else None
-    if not isinstance(rotation, types.FunctionType) or not _spelt(rotation, _ROTARY):
+    if not isinstance(rotation, types.FunctionType):
+        return False
+    if not _spelt(rotation, _ROTARY) and not _spelt(rotation, _PARTLY_ROTARY):
         return False
     parameters = inspect.signature(rotation).parameters
     usual = [*parameters][:4] == ["q", "k", "cos", "sin"] and parameters["unsqueeze_dim"].default == 1

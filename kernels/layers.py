@@ -97,8 +97,22 @@ def gated_kernel(
 
 
 @triton.jit
-def rotate(out_ptr, x_ptr, start, i, inside, cos, cos2, sin, sin2, HALF: tl.constexpr):
-    """x · cos + (−second half, first half) · sin of one head of some tokens."""
+def rotate(
+    out_ptr,
+    x_ptr,
+    start,
+    i,
+    real,
+    inside,
+    cos,
+    cos2,
+    sin,
+    sin2,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):
+    """x · cos + (−second half, first half) · sin of one head of some tokens; what is not rotated is copied."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + start + i, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + start + HALF + i, mask=inside, other=0.0).to(tl.float32)
@@ -106,6 +120,10 @@ def rotate(out_ptr, x_ptr, start, i, inside, cos, cos2, sin, sin2, HALF: tl.cons
     y2 = rounded(x2 * cos2, dtype) + rounded(x * sin2, dtype)
     tl.store(out_ptr + start + i, y.to(dtype), mask=inside)
     tl.store(out_ptr + start + HALF + i, y2.to(dtype), mask=inside)
+    if REST_BLOCK > 0:
+        j = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
+        rest = real & (j < WIDTH)
+        tl.store(out_ptr + start + j, tl.load(x_ptr + start + j, mask=rest, other=0.0), mask=rest)
 
 
 @triton.jit(do_not_specialize=["tokens", "period"])
@@ -121,15 +139,21 @@ def rotary_kernel(
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One head of TOKENS tokens; heads of a token lie side by side, angles repeat after `period` tokens."""
+    """One head of TOKENS tokens; heads of a token lie side by side, angles repeat after `period` tokens.
+
+    The first 2 · HALF entries of a head's WIDTH are rotated.
+    """
     program = tl.program_id(0)
     head = program % (Q_HEADS + K_HEADS)
     token = program // (Q_HEADS + K_HEADS) * TOKENS + tl.arange(0, TOKENS)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
-    inside = (token < tokens) & (i < HALF)
+    real = token < tokens
+    inside = real & (i < HALF)
     angle = (token % period).to(tl.int64) * (2 * HALF) + i
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
@@ -137,10 +161,11 @@ def rotary_kernel(
     sin2 = tl.load(sin_ptr + HALF + angle, mask=inside, other=0.0).to(tl.float32)
     wide = token.to(tl.int64)
     if head < Q_HEADS:
-        rotate(q_out_ptr, q_ptr, (wide * Q_HEADS + head) * (2 * HALF), i, inside, cos, cos2, sin, sin2, HALF)
+        start = (wide * Q_HEADS + head) * WIDTH
+        rotate(q_out_ptr, q_ptr, start, i, real, inside, cos, cos2, sin, sin2, HALF, WIDTH, REST_BLOCK)
     else:
-        start = (wide * K_HEADS + head - Q_HEADS) * (2 * HALF)
-        rotate(k_out_ptr, k_ptr, start, i, inside, cos, cos2, sin, sin2, HALF)
+        start = (wide * K_HEADS + head - Q_HEADS) * WIDTH
+        rotate(k_out_ptr, k_ptr, start, i, real, inside, cos, cos2, sin, sin2, HALF, WIDTH, REST_BLOCK)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, form: NormForm) -> torch.Tensor:
@@ -176,17 +201,17 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, *, in_pl
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions on queries and keys, the second half of a head being the first's partner.
+    """Rotary positions on queries and keys, the second half of what is rotated being the first's partner.
 
     Args:
         q: (B, heads, T, width), of memory (B, T, heads, width); bf16, fp16 or float32.
         k: the same with its own number of heads.
-        cos, sin: (B or 1, T, width), contiguous, of the same dtype.
+        cos, sin: (B or 1, T, rotated), contiguous, of the same dtype; the rest of the width stays as it is.
     """
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     batch, q_heads, length, width = q.shape
     tokens, period = batch * length, len(cos) * length
-    variant = _rotary_variant(q_heads, k.shape[1], width // 2)
+    variant = _rotary_variant(q_heads, k.shape[1], cos.shape[-1] // 2, width)
     programs = ceil_div(tokens, variant.constants["TOKENS"]) * (q_heads + k.shape[1])
     launch(rotary_kernel, programs, (q_out, k_out, q, k, cos, sin), (tokens, period), (), variant)
     return q_out, k_out
@@ -206,8 +231,9 @@ def _gated_variant(activation: Activation, half: int | None) -> Variant:
 
 
 @cache
-def _rotary_variant(q_heads: int, k_heads: int, half: int) -> Variant:
-    block = triton.next_power_of_2(half)
-    constants = {"Q_HEADS": q_heads, "K_HEADS": k_heads, "HALF": half, "BLOCK": block}
+def _rotary_variant(q_heads: int, k_heads: int, half: int, width: int) -> Variant:
+    block, rest = triton.next_power_of_2(half), width - 2 * half
+    constants = {"Q_HEADS": q_heads, "K_HEADS": k_heads, "HALF": half, "WIDTH": width, "BLOCK": block}
+    constants |= {"REST_BLOCK": triton.next_power_of_2(rest) if rest else 0}
     # a product fused with the sum would not be rounded between them
     return Variant(constants | {"TOKENS": max(1, _ENTRIES // 2 // block)}, num_warps=4, enable_fp_fusion=False)

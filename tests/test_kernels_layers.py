@@ -119,18 +119,22 @@ def spelt_rotary(q, k, cos, sin):
         x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
         return torch.cat((-x2, x1), dim=-1)
 
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + half(q) * sin, k * cos + half(k) * sin
+    cos, sin, n = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-1]
+    rotated = ((x[..., :n] * cos + half(x[..., :n]) * sin, x[..., n:]) for x in (q, k))
+    return [torch.cat(parts, dim=-1) for parts in rotated]
 
 
 @pytest.mark.parametrize(("device", "dtype"), CASES)
 @pytest.mark.parametrize(("batch", "angles"), [(1, 1), (3, 1), (3, 3)])
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 64), (3, 3, 24), (1, 1, 6)])
-def test_rotary_positions(device, dtype, batch, angles, heads, key_heads, width):
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "rotated"),
+    [(4, 2, 64, 64), (3, 3, 24, 24), (1, 1, 6, 6), (4, 1, 64, 16), (2, 2, 40, 24)],
+)
+def test_rotary_positions(device, dtype, batch, angles, heads, key_heads, width, rotated):
     length = 21
     q = torch.randn(batch, length, heads, width, device=device).to(dtype).transpose(1, 2)
     k = torch.randn(batch, length, key_heads, width, device=device).to(dtype).transpose(1, 2)
-    angle = 6.0 * torch.randn(angles, length, width, device=device)
+    angle = 6.0 * torch.randn(angles, length, rotated, device=device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     for result, own in zip(layers.rotary(q, k, cos, sin), spelt_rotary(q, k, cos, sin), strict=True):
         assert result.transpose(1, 2).is_contiguous()
@@ -143,7 +147,7 @@ def test_rotary_positions(device, dtype, batch, angles, heads, key_heads, width)
 @compiles
 @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")], ids=str)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("name", ["norm", "heads_norm", "gated", "halves", "rotary"])
+@pytest.mark.parametrize("name", ["norm", "heads_norm", "gated", "halves", "rotary", "partly"])
 def test_they_compile(target, dtype, name, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -153,7 +157,8 @@ def test_they_compile(target, dtype, name, tmp_path):
         "heads_norm": (layers.rms_norm_kernel, layers._norm_variant(128, "shifted")),
         "gated": (layers.gated_kernel, layers._gated_variant("gelu_tanh", None)),
         "halves": (layers.gated_kernel, layers._gated_variant("silu", 8960)),
-        "rotary": (layers.rotary_kernel, layers._rotary_variant(32, 8, 64)),
+        "rotary": (layers.rotary_kernel, layers._rotary_variant(32, 8, 64, 128)),
+        "partly": (layers.rotary_kernel, layers._rotary_variant(16, 2, 32, 256)),
     }[name]
     names = kernel.arg_names
     scalars = {"rows": "i32", "steps": "i32", "tokens": "i32", "period": "i32", "eps": "fp32"}
