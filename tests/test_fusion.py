@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers as tf
 from tiny_models import VOCAB, tiny
 from torch import nn
-from without_gpu import interpreted, run_interpreted, starter
+from without_gpu import DEVICES, interpreted, run_interpreted, starter
 
 from bench.tiny_classes import build
 from entropy_fast import fusion
@@ -20,8 +20,6 @@ from entropy_fast.fusion import Fusion
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.scoring import Scoring, score
 from entropy_fast.trunk import Trunk
-
-DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @starter

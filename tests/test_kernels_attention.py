@@ -5,18 +5,12 @@ import re
 
 import pytest
 import torch
-from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, DEVICES_AND_DTYPES, GPUS, compiled_for, compiles, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
 from entropy_fast.kernels import attention  # noqa: E402
 from entropy_fast.microbatch import Segments  # noqa: E402
-
-DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
-CASES = [
-    *[pytest.param("cpu", dtype, marks=interpreted) for dtype in (torch.float32, torch.float16)],
-    *[pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
-]
 
 
 @starter
@@ -67,7 +61,7 @@ def inputs(segments, device, dtype, heads=4, key_heads=2, width=40, value_width=
     return [torch.randn(n, *shape, device=device).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES)
 @pytest.mark.parametrize(
     "options",
     [{}, {"window": 1}, {"window": 20}, {"softcap": 2.0}, {"sink": True}, {"window": 64, "softcap": 1.0, "sink": True}],
@@ -112,30 +106,21 @@ def test_a_token_has_the_same_bits_in_every_layout(device, window):
 
 
 @compiles
-@pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")], ids=str)
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "width"), [("*fp32", 64), ("*fp32", 128), ("*fp32", 256), ("*bf16", 128), ("*bf16", 256)]
 )
-def test_it_compiles_without_spills(target, dtype, width, tmp_path):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_it_compiles_without_spills(gpu, dtype, width, tmp_path):
     kernel = attention.attention_kernel
     variant = attention._variant(4 if dtype == "*fp32" else 2, width, width, softcap=True, windowed=True)
     types = {"index_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("query_starts_ptr", "key_starts_ptr", "tile_segment_ptr", "tile_query_ptr"), "*i32")
     types |= dict.fromkeys(("heads", "key_heads", "window"), "i32")
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in variant.constants else types.get(n, dtype) for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    backend, arch = target
-    gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    compiled = triton.compile(source, target=gpu, options={"enable_fp_fusion": True} | variant.options)
-    if backend == "hip":
+    compiled = compiled_for(gpu, kernel, variant, types, dtype)
+    if gpu[0] == "hip":
         assert compiled.asm["hsaco"]
         return
-    if arch == 90:
+    if gpu[1] == 90:
         assert stack_bytes(compiled, tmp_path) == 0
     # what any card since sm_80 has
     assert compiled.metadata.shared <= 101376

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, GPUS, compiled_for, compiles, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
 from entropy_fast.kernels import gemm  # noqa: E402
 
-DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 # the interpreter cannot multiply bfloat16; float16 holds these tests' numbers as well
 PIECE = {"cpu": torch.float16, "cuda": torch.bfloat16}
 UNIT = torch.finfo(torch.float32).eps
@@ -59,23 +58,14 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(device, whole):
 
 
 @compiles
-@pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")], ids=str)
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
 @pytest.mark.parametrize("split_weight", [False, True])
-def test_it_compiles(target, split_weight, tmp_path):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_it_compiles(gpu, split_weight, tmp_path):
     kernel, variant = gemm.gemm_kernel, gemm._variant(1536, 8960, split_weight)
     types = {"out_ptr": "*fp32", "rows": "i32"}
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in variant.constants else types.get(n, "*bf16") for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    backend, arch = target
-    gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    compiled = triton.compile(source, target=gpu, options={"enable_fp_fusion": True} | variant.options)
+    compiled = compiled_for(gpu, kernel, variant, types, "*bf16")
     # what every card has, consumers' included, but for Blackwell's data-centre cards, which have more
-    assert compiled.metadata.shared <= {"gfx942": 65536, 100: 232448}.get(arch, 101376)
-    if arch == 90:
+    assert compiled.metadata.shared <= {"gfx942": 65536, 100: 232448}.get(gpu[1], 101376)
+    if gpu[1] == 90:
         assert stack_bytes(compiled, tmp_path) == 0
         assert "wgmma" in compiled.asm["ptx"]

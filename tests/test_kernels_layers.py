@@ -4,24 +4,16 @@ Triton reads TRITON_INTERPRET when it is imported, so the interpreted half of th
 started by `test_in_the_interpreter`.
 """
 
-import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, DEVICES_AND_DTYPES, GPUS, compiled_for, compiles, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
 from entropy_fast.kernels import layers  # noqa: E402
-
-DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
-# the interpreter cuts bfloat16 off where a GPU rounds
-CASES = [
-    *[pytest.param("cpu", dtype, marks=interpreted) for dtype in (torch.float32, torch.float16)],
-    *[pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
-]
 
 
 @starter
@@ -57,7 +49,7 @@ def assert_rounded_alike(result, own, exact, size, tipped=0.01):
     assert (result != own).float().mean() <= tipped
 
 
-@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES)
 @pytest.mark.parametrize("form", ["rounded", "wide", "shifted"])
 @pytest.mark.parametrize("shape", [(3, 5, 64), (7, 100), (1, 1536), (2, 3, 9, 128), (1, 1, 1)])
 def test_norms(device, dtype, form, shape):
@@ -85,7 +77,7 @@ def test_eps_keeps_a_row_of_zeros_finite(device):
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gated_activations(device, dtype, activation, in_place):
@@ -105,7 +97,7 @@ def test_gated_activations(device, dtype, activation, in_place):
     assert_rounded_alike(result, own, exact, size, tipped=0.03 if activation == "gelu" else 0.01)
 
 
-@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES)
 @pytest.mark.parametrize("width", [16, 48, 4096])
 def test_gate_and_up_may_be_halves(device, dtype, width):
     gate, up = torch.randn(2, 5, 2 * width, device=device).to(dtype).chunk(2, dim=-1)
@@ -124,7 +116,7 @@ def spelt_rotary(q, k, cos, sin):
     return [torch.cat(parts, dim=-1) for parts in rotated]
 
 
-@pytest.mark.parametrize(("device", "dtype"), CASES)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES)
 @pytest.mark.parametrize(("batch", "angles"), [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "width", "rotated"),
@@ -145,13 +137,10 @@ def test_rotary_positions(device, dtype, batch, angles, heads, key_heads, width,
 
 
 @compiles
-@pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")], ids=str)
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("name", ["norm", "heads_norm", "gated", "halves", "rotary", "partly"])
-def test_they_compile(target, dtype, name, tmp_path):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_they_compile(gpu, dtype, name, tmp_path):
     kernel, variant = {
         "norm": (layers.rms_norm_kernel, layers._norm_variant(4096, "rounded")),
         "heads_norm": (layers.rms_norm_kernel, layers._norm_variant(128, "shifted")),
@@ -160,19 +149,13 @@ def test_they_compile(target, dtype, name, tmp_path):
         "rotary": (layers.rotary_kernel, layers._rotary_variant(32, 8, 64, 128)),
         "partly": (layers.rotary_kernel, layers._rotary_variant(16, 2, 32, 256)),
     }[name]
-    names = kernel.arg_names
     scalars = {"rows": "i32", "steps": "i32", "tokens": "i32", "period": "i32", "eps": "fp32"}
-    signature = {n: "constexpr" if n in variant.constants else scalars.get(n, dtype) for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    backend, arch = target
-    gpu = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    compiled = triton.compile(source, target=gpu, options={"enable_fp_fusion": True} | variant.options)
-    if backend == "hip":
+    compiled = compiled_for(gpu, kernel, variant, scalars, dtype)
+    if gpu[0] == "hip":
         assert compiled.asm["hsaco"]
         return
     # whole vectors of 16 bytes, and nothing spilled
     ptx = compiled.asm["ptx"]
     assert re.search(r"ld\.global\.v4\.b32", ptx)
     assert re.search(r"st\.global\.v4\.b32", ptx)
-    assert math.isclose(stack_bytes(compiled, tmp_path), 0)
+    assert stack_bytes(compiled, tmp_path) == 0

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, compiles, interpreted, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
@@ -188,12 +188,11 @@ def filtered_problem(pattern, device, dtype, options, rows=None):
     return arguments, kept.to(device), [t.to(device) for t in expected]
 
 
-HERE = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 # dz and the result in 16 bits, or dz in pairs of bf16
 BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 3e-5}
 
 
-@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("pattern", "dtype", "options"),
     [
@@ -228,7 +227,7 @@ def test_rows_kept_slab_by_slab(device, pattern, dtype, options):
     assert not got.bias[unused].any()
 
 
-@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("device", DEVICES)
 def test_filtered_gradients_come_alone_and_with_the_same_bits(device):
     from entropy_fast.kernels.linear import linear_backward
 
@@ -261,7 +260,7 @@ def test_a_row_that_every_slab_takes_is_gathered_once(monkeypatch):
     assert [n for dtype, n in gathered if dtype == torch.float32] == others
 
 
-@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_filter(device):
     from entropy_fast.kernels.linear import linear_backward
 

@@ -11,11 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it")
 starter = pytest.mark.skipif(INTERPRETED, reason="starts the other half")
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles")
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+# the interpreter cuts bfloat16 off where a GPU rounds, and cannot multiply it
+DEVICES_AND_DTYPES = [
+    *[pytest.param("cpu", dtype, marks=interpreted) for dtype in (torch.float32, torch.float16)],
+    *[pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+]
+GPUS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 
 
 def run_interpreted(file):
@@ -32,6 +40,21 @@ def run_interpreted(file):
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert re.search(r"[1-9]\d* passed", run.stdout)
+
+
+def compiled_for(gpu, kernel, variant, types, other):
+    """The kernel as `launch` would compile it; `types` of arguments by name, `other` of those not in it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch = gpu
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in variant.constants else types.get(n, other) for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True} | variant.options)
 
 
 def stack_bytes(compiled, folder):
