@@ -16,13 +16,14 @@ import inspect
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from entropy_fast.forwards import Forward, forwards_replaced
 from entropy_fast.functional.linear_operators import has_triton
 
 if TYPE_CHECKING:
@@ -85,7 +86,6 @@ return torch.cat((-x2, x1), dim=-1)
 _ROTARY_NAME = "apply_rotary_pos_emb"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Forward = Callable[..., Any]
 _ACTIVE: ContextVar[bool] = ContextVar("active", default=False)
 
 
@@ -136,17 +136,10 @@ class Fusion:
     def active(self) -> Iterator[None]:
         """While entered, the layers run by their kernels wherever gradients are off."""
         token = _ACTIVE.set(True)
-        before = [vars(module).get("forward") for module, _, _ in self._layers]
         try:
-            for module, forward, _ in self._layers:
-                vars(module)["forward"] = forward
-            yield
+            with forwards_replaced((layer.module, layer.forward) for layer in self._layers):
+                yield
         finally:
-            for (module, _, _), earlier in zip(self._layers, before, strict=True):
-                if earlier is None:
-                    vars(module).pop("forward", None)
-                else:
-                    vars(module)["forward"] = earlier
             _ACTIVE.reset(token)
 
 

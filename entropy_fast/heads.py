@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.errors import EntropyFastWarning, InputError
+from entropy_fast.forwards import forwards_replaced
 from entropy_fast.precision import evaluation_mode
 
 Mode = Literal["fused", "module", "logits"]
@@ -183,24 +184,11 @@ class Head:
         # before hooks that change the input: they will run again
         handle = self.module.register_forward_pre_hook(keep_call, prepend=True) if called else None
         try:
-            with _forward_replaced(self.module, keep):
+            with forwards_replaced([(self.module, keep)]):
                 yield captured
         finally:
             if handle is not None:
                 handle.remove()
-
-
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While entered, calling `module` runs its hooks around `forward`."""
-    before = vars(module).get("forward")  # some libraries set a forward of their own on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -78,12 +78,12 @@ def packing_obstacle(model: nn.Module) -> str:
     return ""
 
 
-def dropped_softcap(model: nn.Module) -> float | None:
-    """The softcap that a model's configuration has for its attention, where SDPA computes that and leaves it out.
+def dropped_softcap(configs: Sequence[Any]) -> float | None:
+    """The softcap that these `attention_configs` have, where SDPA computes the attention and leaves it out.
 
     Some releases of transformers do so without a word; others refuse, and never run such a model.
     """
-    for config in attention_configs(model):
+    for config in configs:
         softcap = getattr(config, "attn_logit_softcapping", None)
         if softcap is not None and config._attn_implementation_internal == "sdpa":
             return float(softcap)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from entropy_fast.forwards import forwards_replaced
 from entropy_fast.fusion import float32_linear
 
 Precision = Literal["as_loaded", "float32", "tf32"]
@@ -96,7 +97,7 @@ def _raised(model: nn.Module) -> Iterator[None]:
             # a row looked up and then raised has the same bits, without a raised copy of the whole vocabulary
             handles.append(module.register_forward_hook(lambda _, __, output: output.float()))
         elif type(module) is nn.Linear and low and "forward" not in vars(module):
-            linears.append(module)
+            linears.append((module, functools.partial(float32_linear, module)))
         elif low:
             stack: list[list[Tensor]] = []
 
@@ -115,11 +116,8 @@ def _raised(model: nn.Module) -> Iterator[None]:
             # always_call: the weights come back also when the forward raises
             handles.append(module.register_forward_hook(lower, always_call=True))
     try:
-        for module in linears:
-            vars(module)["forward"] = functools.partial(float32_linear, module)
-        yield
+        with forwards_replaced(linears):
+            yield
     finally:
-        for module in linears:
-            vars(module).pop("forward", None)
         for handle in handles:
             handle.remove()

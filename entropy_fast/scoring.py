@@ -194,16 +194,18 @@ class Scorer:
     ) -> None:
         self.model = model
         self.scoring = scoring
-        self.head = find_head(model)
-        rollouts.check_vocabulary(self.head.vocab_size)
-        counting = scoring.counting or Counting(eos_token_ids(model))
-        self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
-        self.dense = DenseRollouts.pack(rollouts, self.masks)
         self.device = input_embedding(model).device
-        self._single = _computes_in_float32(model, scoring)
-        self._trunk = Trunk(model, self.head, single=self._single)
         self._result_device = rollouts.tokens.device
-        self.layout = self._plan(packing, fusion)
+        self._single = _computes_in_float32(model, scoring)
+        # head and layout are tried on the model
+        with one_at_a_time(model):
+            self.head = find_head(model)
+            rollouts.check_vocabulary(self.head.vocab_size)
+            counting = scoring.counting or Counting(eos_token_ids(model))
+            self.masks = token_masks(rollouts.tokens, rollouts.generated, counting)
+            self.dense = DenseRollouts.pack(rollouts, self.masks)
+            self._trunk = Trunk(model, self.head, single=self._single)
+            self.layout = self._plan(packing, fusion)
         self._most_tokens: float = float("inf")
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
@@ -272,12 +274,9 @@ class Scorer:
         setting = (scoring.precision, scoring.autocast)
         fitness = self._trunk.fitness(self.dense, self.device, self.scope, setting, budget)
         name = type(unwrap(self.model)).__name__
-        for what, obstacle, wanted, given in (
-            ("packed", fitness.packed, packing, scoring.layout is not None and scoring.layout.packed),
-            ("fused", fitness.fused, fusion, scoring.layout is not None and scoring.layout.fused),
-        ):
-            if obstacle and (wanted or given):
-                option = {"packed": "packing", "fused": "fusion"}[what]
+        for option, wanted, what in (("packing", packing, "packed"), ("fusion", fusion, "fused")):
+            obstacle = getattr(fitness, what)
+            if obstacle and (wanted or getattr(scoring.layout, what, False)):
                 raise InputError(
                     f"{name} cannot be {what}, because {obstacle}; score (both policies) with {option}=False"
                 )

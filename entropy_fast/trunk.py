@@ -165,7 +165,7 @@ class Trunk:
         key = (self.head.mode, attention, setting, self._single, dtype, device.type)
         if key in known and known[key][0] >= longest:
             return known[key][1]
-        softcap = dropped_softcap(self._base)
+        softcap = dropped_softcap(self._configs)
         if softcap is not None and self._base not in _WARNED:
             _WARNED.add(self._base)
             warnings.warn(
