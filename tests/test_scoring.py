@@ -11,7 +11,7 @@ from tiny_models import tiny
 from entropy_fast.errors import InputError, NonFiniteLogitsError
 from entropy_fast.layout import DenseRollouts, Layout
 from entropy_fast.rollouts import Counting, Rollouts, token_masks
-from entropy_fast.scoring import score
+from entropy_fast.scoring import Scorer, Scoring, score
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7]]
 COMPLETIONS = [[20, 21, 2], [30, 31, 32, 33, 34, 35], [], [22, 23]]
@@ -230,3 +230,24 @@ def test_peak_memory_stays_within_a_budget_whatever_the_batch():
     small, large = map(float, result.stdout.split())
     assert large < 300, f"scoring 64 sequences took {large:.0f} MiB over one sequence"
     assert large - small < 200, f"memory grows with the batch: {small:.0f} MiB for 4 sequences, {large:.0f} for 64"
+
+
+def test_gradient_checkpointing_is_respected_and_changes_no_gradient():
+    def gradients(checkpointing):
+        model, runs = tiny("llama", dtype=torch.float64).train(), []
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        # the first thing that a layer runs: running it again stops as soon as all is there that is wanted
+        model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: runs.append(1))
+        scorer = Scorer(model, right_padded(), Scoring())
+        runs.clear()  # of the trial
+        with scorer.scope():
+            total = sum(stats.logprob.sum() + stats.entropy.sum() for _, stats in scorer.run())
+        total.backward()
+        return len(runs), {name: p.grad for name, p in model.named_parameters()}
+
+    once, plain = gradients(False)
+    again, recomputed = gradients(True)
+    assert again == 2 * once
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-12, atol=1e-12)
