@@ -60,7 +60,7 @@ def launch(
         device,
         *[None if t is None else t.dtype for t in tensors],
         *[None if a is None else a % 16 == 0 for a in addresses],
-        *[(d.base.dtype, *d.block_shape) for d in descriptors],
+        *[None if d is None else (d.base.dtype, *d.block_shape) for d in descriptors],
         *[n.bit_length() > 31 for n in integers],
     )
     compiled = _compiled.get(key)

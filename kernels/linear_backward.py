@@ -27,7 +27,17 @@ from entropy_fast.kernels.linear_operands import (
     program_count,
     tiling_for,
 )
-from entropy_fast.kernels.linear_slabs import SLAB_COLUMNS, Rows, Selection, Slab, all_slabs, dz_pitch, filtered_slabs
+from entropy_fast.kernels.linear_saved import saved_dlogits
+from entropy_fast.kernels.linear_slabs import (
+    SLAB_COLUMNS,
+    Rows,
+    Selection,
+    Slab,
+    all_slabs,
+    dz_pitch,
+    filtered_slabs,
+    saved_in,
+)
 from entropy_fast.reference.linear import Gradients, LinearStats
 from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
@@ -90,11 +100,13 @@ def linear_backward(
     needs: tuple[bool, bool, bool],
     kept: torch.Tensor | None = None,
     precision: str = "fast",
+    memory: torch.Tensor | None = None,
 ) -> Gradients:
     """Gradients to hidden states, head and bias; what `needs` leaves out costs nothing. Shapes as in `linear_stats`.
 
     `kept`, (slabs, rows) bool, says which rows' dz to compute in each slab of `filter_columns` tokens; elsewhere it is
-    taken for 0. Finding the rows waits for the device.
+    taken for 0. Finding the rows waits for the device. `memory` is what the forward filled; it becomes dWeight, or its
+    contents are lost.
     """
     needs_hidden, needs_weight, needs_bias = needs
     total, vocab = hidden.shape[0], weight.shape[0]
@@ -102,16 +114,19 @@ def linear_backward(
     tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
     coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    saved = None if memory is None else saved_in(memory, total, tiling)
+    d_weight = None
+    if needs_weight:
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if memory is None else memory
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
     columns = filter_columns(device)
     selection = None if kept is None else Selection.of(kept, targets, coefficients, columns)
     hidden_sum = _HiddenSum.of(hidden, selection) if needs_hidden else None
     if selection is None:
-        slabs = all_slabs(Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight)
+        slabs = all_slabs(Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight, saved)
     else:
         slabs = filtered_slabs(hidden, vocab, columns, selection)
-    _run_slabs(slabs, weight, bias, transform, tiling, gain, hidden_sum, d_weight, d_bias)
+    _run_slabs(slabs, weight, bias, transform, stats, tiling, gain, hidden_sum, d_weight, d_bias)
     if d_bias is not None:
         d_bias = (d_bias if gain is None else d_bias.div_(gain)).to(weight.dtype if bias is None else bias.dtype)
     return Gradients(None if hidden_sum is None else hidden_sum.finish(hidden, selection, gain), d_weight, d_bias)
@@ -122,6 +137,7 @@ def _run_slabs(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     transform: Transform,
+    stats: LinearStats,
     tiling: Tiling,
     gain: torch.Tensor | None,
     hidden_sum: _HiddenSum | None,
@@ -129,14 +145,17 @@ def _run_slabs(
     d_bias: torch.Tensor | None,
 ) -> None:
     """Add the slabs' shares to dHidden and write dWeight and the bias's gradient; `gain` stays in all but dWeight."""
-    for columns, rows, scattered, room in slabs:
+    for columns, rows, scattered, room, saved in slabs:
         if rows is None:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
                     gradient[columns] = 0
             continue
         w = weight[columns]
-        dz = _slab_dlogits(rows, w, None if bias is None else bias[columns], transform, room, tiling)
+        if saved is None:
+            dz = _slab_dlogits(rows, w, None if bias is None else bias[columns], transform, room, tiling)
+        else:
+            dz = [saved_dlogits(*saved, rows.targets, stats, rows.coefficients, transform, w.dtype, len(w))]
         if hidden_sum is not None:
             hidden_sum.add(_products(dz, _parts(w)), scattered)
         if d_weight is not None:
@@ -170,8 +189,8 @@ def _slab_dlogits(
         launch(
             tiles_kernel,
             programs,
-            (part.targets, x.scale, w.scale, bias, *part.coefficients),
-            (rows, columns, x.width, n_units),
+            (part.targets, None, None, x.scale, w.scale, bias, *part.coefficients),
+            (rows, columns, x.width, n_units, 0, 0, 0),
             scalars,
             # a tile of dz takes the fourth buffer's place in shared memory
             hopper_variant(tiling, programs, 3, x.parts, bias is not None, softcap, has_entropy, True),

@@ -29,6 +29,7 @@ from entropy_fast.kernels.linear_operands import (
     slabs,
     tiling_for,
 )
+from entropy_fast.kernels.linear_slabs import Saved, saved_in
 from entropy_fast.kernels.linear_tiles import LN2, LOWEST, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
@@ -37,7 +38,7 @@ MERGE_ROWS = 32
 MERGE_TILES = 32
 
 
-@triton.jit(do_not_specialize=["N", "n_units"])
+@triton.jit(do_not_specialize=["N", "n_units", "saved_tiles", "slab_tiles", "saved_rows", "saved_pitch"])
 def linear_stats_kernel(
     hidden,
     weight,
@@ -46,12 +47,18 @@ def linear_stats_kernel(
     bias_ptr,
     target_ptr,
     tiles_ptr,
+    saved_ptr,
+    saved_peaks_ptr,
     N,
     C,
     K,
     hidden_stride,
     weight_stride,
     n_units,
+    saved_tiles,
+    slab_tiles,
+    saved_rows,
+    saved_pitch,
     factor,
     squeeze,
     BM: tl.constexpr,
@@ -92,6 +99,12 @@ def linear_stats_kernel(
         tl.store(out, m, mask=live)
         tl.store(out + N, tl.sum(p, 1), mask=live)
         tl.store(out + 2 * N, tl.sum(p * d, 1), mask=live)
+        if saved_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if col_tile < saved_tiles:
+                at = ((col_tile // slab_tiles) * saved_rows + rows).to(tl.int64) * saved_pitch
+                at += (col_tile % slab_tiles) * BN
+                tl.store(saved_ptr + at[:, None] + tl.arange(0, BN)[None, :], p.to(tl.float16))
+                tl.store(saved_peaks_ptr + col_tile.to(tl.int64) * saved_rows + rows, m)
 
 
 @triton.jit(do_not_specialize=["N", "V", "n_tiles"])
@@ -158,10 +171,11 @@ def tile_partials(
     bias: torch.Tensor | None,
     transform: Transform,
     tiling: Tiling,
+    saved: Saved | None = None,
 ) -> torch.Tensor:
     """(column tiles, 4, rows): m, s, e, and the target's logit, written in the target's tile alone; base 2, float32.
 
-    Shapes as in `linear_stats`; float32 operands are taken through their fp16 halves.
+    Shapes as in `linear_stats`; float32 operands are taken through their fp16 halves. `saved` is filled.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     tiles = torch.empty(ceil_div(vocab, tiling.BN), 4, rows, dtype=torch.float32, device=hidden.device)
@@ -177,17 +191,23 @@ def tile_partials(
         local_targets = targets - slab.start if slab.start else targets
         scalars = (transform.factor, transform.squeeze or 1.0)
         softcap = transform.softcap is not None
+        saving = (0, 0, 0) if saved is None else (saved.tiles, saved.columns // tiling.BN, saved.rows)
+        peaks = None if saved is None else saved.peaks
         if tiling.specialized and x.tma and w.tma:
             from entropy_fast.kernels.linear_hopper import tiles_kernel
 
+            # half a tile of exponentials for each half of the warps takes the fourth buffer's place in shared memory
+            stages, box = tiling.num_stages, None
+            if saved is not None:
+                stages, box = 3, Operand(saved.flat, saved.flat.shape[1], None).gluon_source(tiling.BM // 2, tiling.BN)
             launch(
                 tiles_kernel,
                 programs,
-                (out, local_targets, x.scale, w.scale, local_bias, *(None,) * 4),
-                (rows, columns, x.width, n_units),
+                (local_targets, out, peaks, x.scale, w.scale, local_bias, *(None,) * 4),
+                (rows, columns, x.width, n_units, *saving),
                 scalars,
-                hopper_variant(tiling, programs, tiling.num_stages, x.parts, bias is not None, softcap, False, False),
-                descriptors=(x.gluon_source(tiling.BM, tiling.BK), w.gluon_source(tiling.BN, tiling.BK)),
+                hopper_variant(tiling, programs, stages, x.parts, bias is not None, softcap, False, False),
+                descriptors=(x.gluon_source(tiling.BM, tiling.BK), w.gluon_source(tiling.BN, tiling.BK), box),
             )
             continue
         tma = tiling.tma and x.tma and w.tma
@@ -199,12 +219,16 @@ def tile_partials(
             local_bias,
             local_targets,
             out,
+            None if saved is None else saved.exponentials,
+            peaks,
             rows,
             columns,
             x.width,
             x.stride,
             w.stride,
             n_units,
+            *saving,
+            0 if saved is None else saved.exponentials.stride(1),
             *scalars,
             **plain_options(tiling, programs, tma, x.parts, bias is not None, softcap),
             num_stages=tiling.num_stages,
@@ -221,6 +245,7 @@ def linear_stats(
     shard: bool = False,
     filtered: bool = False,
     precision: str = "fast",
+    memory: torch.Tensor | None = None,
 ) -> tuple[LinearStats, torch.Tensor | None]:
     """Statistics of every row, float32, nats; with `filtered`, also the log-sum-exp in each slab, (slabs, rows).
 
@@ -233,10 +258,13 @@ def linear_stats(
         shard: the head is a part of a larger one (`reference.linear.combine_shards`).
         filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
         precision: of float32 operands, "accurate" or "fast".
+        memory: (vocab, width), contiguous, of the dtype of 16-bit operands, where dWeight will be: to be filled with
+            exponentials that the backward, given the same memory, need not compute.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     tiling = tiling_for(rows, hidden.device, precision if hidden.dtype == torch.float32 else "fast")
-    tiles = tile_partials(hidden, weight, targets, bias, transform, tiling)
+    saved = None if memory is None else saved_in(memory, rows, tiling)
+    tiles = tile_partials(hidden, weight, targets, bias, transform, tiling, saved)
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
     launch(
         merge_kernel,

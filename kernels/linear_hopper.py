@@ -112,6 +112,8 @@ def _worker(
     empty,
     outbox,
     out,
+    tiles_ptr,
+    saved_peaks_ptr,
     row_scale_ptr,
     col_scale_ptr,
     bias_ptr,
@@ -126,6 +128,9 @@ def _worker(
     n_row_tiles,
     n_col_tiles,
     n_units,
+    saved_tiles,
+    slab_tiles,
+    saved_rows,
     factor,
     squeeze,
     BM: gl.constexpr,
@@ -212,7 +217,7 @@ def _worker(
             if col0 + BN > C:
                 acc = gl.where((cols < C - col0)[None, :], acc, LOWEST)
             m = gl.maximum(gl.max(acc, 1) * scale, LOWEST)
-            at = out + col_tile.to(gl.int64) * 4 * N + rows
+            at = tiles_ptr + col_tile.to(gl.int64) * 4 * N + rows
             if gl.max(here.to(gl.int32), 0) > 0:
                 z = gl.sum(gl.where(cols[None, :] == column[:, None], acc, 0.0), 1) * scale
                 gl.store(at + 3 * N, z, mask=here)
@@ -221,16 +226,27 @@ def _worker(
             gl.store(at, m, mask=live)
             gl.store(at + N, gl.sum(p, 1), mask=live)
             gl.store(at + 2 * N, gl.sum(p * d, 1), mask=live)
-    if BACKWARD:
+            if out is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if col_tile < saved_tiles:
+                    gl.store(saved_peaks_ptr + col_tile.to(gl.int64) * saved_rows + rows, m)
+                    buffer = outbox.index(HALF)
+                    tma.store_wait(0)
+                    buffer.store(p.to(out.dtype))
+                    fence_async_shared()
+                    slab_row = (col_tile // slab_tiles) * saved_rows
+                    tma_store(out, [slab_row + row0, (col_tile % slab_tiles) * BN], buffer)
+    if out is not None:
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["N", "C", "K", "n_units"])
+@gluon.jit(do_not_specialize=["N", "C", "K", "n_units", "saved_tiles", "slab_tiles", "saved_rows"])
 def tiles_kernel(
     hidden,
     weight,
     out,
     target_ptr,
+    tiles_ptr,
+    saved_peaks_ptr,
     row_scale_ptr,
     col_scale_ptr,
     bias_ptr,
@@ -242,6 +258,9 @@ def tiles_kernel(
     C,
     K,
     n_units,
+    saved_tiles,
+    slab_tiles,
+    saved_rows,
     factor,
     squeeze,
     BM: gl.constexpr,
@@ -257,7 +276,7 @@ def tiles_kernel(
     HAS_ENTROPY: gl.constexpr,
     BACKWARD: gl.constexpr,
 ):
-    """Statistics of every tile (`out` is a pointer), or its dz (`out` is a descriptor of half tiles)."""
+    """Statistics of every tile, or its dz; `out` describes half tiles of dz, or of the exponentials to save, if any."""
     a_ring = gl.allocate_shared_memory(hidden.dtype, [STAGES, BM, BK], hidden.layout)
     b_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -265,7 +284,7 @@ def tiles_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    if BACKWARD:  # noqa: SIM108  (the two have different types)
+    if out is not None:  # noqa: SIM108  (the two have different types)
         outbox = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN], out.layout)
     else:
         outbox = full
@@ -275,14 +294,14 @@ def tiles_kernel(
     LOWER: gl.constexpr = 1
     # fmt: off
     gl.warp_specialize([
-        (_worker, (UPPER, a_ring, b_ring, full, empty, outbox, out, row_scale_ptr, col_scale_ptr, bias_ptr, target_ptr,
-                   lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K, n_row_tiles, n_col_tiles, n_units, factor,
-                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP,
-                   HAS_ENTROPY, BACKWARD)),
-        (_worker, (LOWER, a_ring, b_ring, full, empty, outbox, out, row_scale_ptr, col_scale_ptr, bias_ptr, target_ptr,
-                   lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K, n_row_tiles, n_col_tiles, n_units, factor,
-                   squeeze, BM, BN, BK, GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP,
-                   HAS_ENTROPY, BACKWARD)),
+        (_worker, (UPPER, a_ring, b_ring, full, empty, outbox, out, tiles_ptr, saved_peaks_ptr, row_scale_ptr,
+                   col_scale_ptr, bias_ptr, target_ptr, lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K,
+                   n_row_tiles, n_col_tiles, n_units, saved_tiles, slab_tiles, saved_rows, factor, squeeze, BM, BN, BK,
+                   GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP, HAS_ENTROPY, BACKWARD)),
+        (_worker, (LOWER, a_ring, b_ring, full, empty, outbox, out, tiles_ptr, saved_peaks_ptr, row_scale_ptr,
+                   col_scale_ptr, bias_ptr, target_ptr, lse_ptr, constant_ptr, slope_ptr, dz_target_ptr, N, C, K,
+                   n_row_tiles, n_col_tiles, n_units, saved_tiles, slab_tiles, saved_rows, factor, squeeze, BM, BN, BK,
+                   GROUP, PROGRAMS, STAGES, RUN, PARTS, HAS_BIAS, SOFTCAP, HAS_ENTROPY, BACKWARD)),
         # a single warp: warps that wait for the same barriers at different speeds could miss a phase of one
         (_loader, (hidden, weight, a_ring, b_ring, full, empty, K, n_row_tiles, n_col_tiles, n_units, BM, BN, BK, GROUP,
                    PROGRAMS, STAGES, PARTS)),

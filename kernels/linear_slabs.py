@@ -16,9 +16,9 @@ from entropy_fast.kernels.launch import ceil_div
 from entropy_fast.kernels.linear_dlogits import RowCoefficients
 from entropy_fast.kernels.linear_operands import Operand, Tiling
 
-# Vocabulary columns of dz that exist at a time, twice as many where room for them costs nothing: enough for the GEMMs
-# to run at full rate, and 8 × 132 tiles of 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a
-# last, partial wave.
+# Vocabulary columns of dz that exist at a time, or multiples where room for them costs nothing: enough for the GEMMs to
+# run at full rate, and 8 × 132 tiles of 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a last,
+# partial wave.
 SLAB_COLUMNS = 8448
 # Rows of dz don't start a power of two apart, where they would crowd the same channels of memory.
 PITCH = 64
@@ -44,13 +44,15 @@ class Rows(NamedTuple):
 class Slab(NamedTuple):
     """Columns of the vocabulary, the rows whose dz is computed there (None for none), and room for that dz, flat.
 
-    The rows are those that every slab takes, and then, if there are such, those at `scattered` among the others.
+    The rows are those that every slab takes, and then, if there are such, those at `scattered` among the others. Where
+    the forward has saved the slab, `saved` has exponentials (rows, pitch) and peaks (tiles, rows); dz replaces them.
     """
 
     columns: slice
     rows: Rows | None
     scattered: torch.Tensor | None
     room: torch.Tensor
+    saved: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def _dz_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -67,22 +69,90 @@ def _room(rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor:
     return torch.empty(rows * dz_pitch(columns, hidden), dtype=_dz_dtype(hidden), device=hidden.device)
 
 
-def all_slabs(rows: Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None) -> Iterator[Slab]:
-    """All rows, slab by slab.
+class Saved(NamedTuple):
+    """Room for exponentials, as views of dWeight's memory.
 
-    dz of a slab lies in the rows of dWeight that follow the slab's own, as long as it fits there; the last slabs get a
-    room of their own, a smaller one. What is lent costs nothing, so slabs are twice as wide while that fits: each slab
+    Attributes:
+        exponentials: (slabs, rows, pitch), fp16; of a row, the first `columns` entries are used.
+        peaks: (slabs × tiles of a slab, rows), float32: m, in base 2.
+        columns: tokens of a slab.
+    """
+
+    exponentials: torch.Tensor
+    peaks: torch.Tensor
+    columns: int
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles of the vocabulary are saved."""
+        return self.peaks.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows of whole tiles: at least as many as the hidden states have."""
+        return self.peaks.shape[1]
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The exponentials as one matrix, slab below slab."""
+        return self.exponentials.flatten(0, 1)
+
+
+def saved_in(memory: torch.Tensor, rows: int, tiling: Tiling) -> Saved | None:
+    """Where exponentials of so many rows lie in a gradient's (vocab, width) 16-bit memory; None where none fit.
+
+    Slabs lie at the end of the memory, their peaks behind them; they are used up in order. The gradient's own rows of a
+    slab, written when its dz is there, must end before that dz and all that is still to be used. Both the first slab
+    (whose followers all remain) and the last (most rows written) have to fit.
+    """
+    vocab, width = memory.shape
+    padded = ceil_div(rows, tiling.BM) * tiling.BM
+    # in 16-bit entries; whole 16 bytes of them
+    end = memory.numel() // 8 * 8
+
+    def slab_and_peaks(columns: int) -> tuple[int, int]:
+        return padded * (columns + PITCH), 2 * columns // tiling.BN * padded
+
+    def count(columns: int) -> int:
+        own, (slab, peaks) = columns * width, slab_and_peaks(columns)
+        return max(0, min((end - own) // (slab + peaks), (end - slab) // (own + peaks), vocab // columns))
+
+    # a little narrower, one more may fit
+    columns = max((SLAB_COLUMNS, SLAB_COLUMNS - tiling.BN), key=lambda columns: columns * count(columns))
+    slabs = count(columns)
+    if slabs == 0:
+        return None
+    slab, peaks = slab_and_peaks(columns)
+    flat, first_peak = memory.view(-1), end - slabs * peaks
+    exponentials = flat[first_peak - slabs * slab : first_peak].view(torch.float16).view(slabs, padded, -1)
+    return Saved(exponentials, flat[first_peak:end].view(torch.float32).view(-1, padded), columns)
+
+
+def all_slabs(
+    rows: Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None, saved: Saved | None = None
+) -> Iterator[Slab]:
+    """All rows, slab by slab; first those that are `saved` in dWeight's memory.
+
+    dz of another slab lies in the rows of dWeight that follow the slab's own, as long as it fits there; the last slabs
+    get a room of their own, a smaller one. What is lent costs nothing, so each slab is as wide as fits: it
     reads and writes all of the float32 dHidden.
     """
     total = len(rows.targets)
     columns = slab_columns(total, vocab, tiling)
     start = 0
+    if saved is not None:
+        tiles = saved.columns // tiling.BN
+        for exponentials, peaks in zip(saved.exponentials, saved.peaks.split(tiles), strict=True):
+            here = slice(start, start + saved.columns)
+            yield Slab(here, _from_column(start, rows), None, exponentials, (exponentials, peaks))
+            start += saved.columns
+    own = start
     if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
-        for lent_columns in (2 * columns, columns):
+        for lent_columns in range(vocab // columns * columns, 0, -columns):
             while (room := _lent(d_weight, start + lent_columns, total, lent_columns, rows.hidden)) is not None:
                 yield Slab(slice(start, start + lent_columns), _from_column(start, rows), None, room)
                 start += lent_columns
-    if start:
+    if start > own:
         columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
     room = _room(total, columns, rows.hidden)
     for first in range(start, vocab, columns):

@@ -6,10 +6,11 @@ started by `test_in_the_interpreter`. The interpreter has no bf16 products; fp16
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
-from without_gpu import DEVICES, compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, GPUS, compiled_for, compiles, interpreted, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 
@@ -98,8 +99,8 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
     for a, e in zip(got, torch.autograd.grad(loss, exact), strict=False):
         if a is not None:
             assert (a.double() - e).norm() <= 2e-3 * e.norm()
-    # rows of dWeight that a slab's dz takes: 6 · (128 + 16) / 32 = 27, or 15
-    widths = [128, 128, 64, 64, 16] if needs_weight else [64] * 6 + [16]
+    # rows of dWeight that a slab's dz takes: 6 · (320 + 16) / 32 = 63, or 15
+    widths = [320, 64, 16] if needs_weight else [64] * 6 + [16]
     assert [columns for columns, *_ in rooms] == widths
     if needs_weight:
         start = got.weight.data_ptr()
@@ -108,11 +109,62 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
         assert not start <= rooms[-1][1] < ends[-1]
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "options", "tma", "needs", "saved"),
+    [
+        (30, 32, 400, (), True, (True, True, True), 4),
+        (30, 32, 400, (0.7, 0.3, 5.0), False, (True, True, True), 4),
+        (30, 32, 400, (), True, (True, False, False), 4),
+        (30, 32, 400, (), True, (False, True, False), 4),
+        # more rows than the width, and fewer; a memory that ends anywhere; one too small
+        (70, 24, 397, (1.3,), True, (True, True, True), 1),
+        (5, 48, 397, (1.3,), False, (True, True, True), 11),
+        (300, 16, 130, (), True, (True, True, True), 0),
+    ],
+)
+def test_exponentials_saved_where_the_gradient_will_be(rows, width, vocab, options, tma, needs, saved, monkeypatch):
+    from entropy_fast.kernels import linear_backward, linear_operands, linear_slabs
+    from entropy_fast.kernels.linear_forward import linear_stats
+    from entropy_fast.reference.rows import RowGradients
+    from entropy_fast.reference.transform import Transform
+
+    monkeypatch.setattr(linear_operands, "INTERPRETED", dataclasses.replace(linear_operands.INTERPRETED, tma=tma))
+    monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(linear_slabs, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_slabs, "PITCH", 16)
+    made, original = [], linear_backward.saved_dlogits
+    monkeypatch.setattr(linear_backward, "saved_dlogits", lambda *a: made.append(1) or original(*a))
+    transform = Transform(*options)
+    g = torch.Generator().manual_seed(rows)
+    hidden = (3 * torch.randn(rows, width, generator=g)).half()
+    weight, bias = (0.4 * torch.randn(vocab, width, generator=g)).half(), torch.randn(vocab, generator=g).half()
+    # a target that is certain, one beyond what fp16 holds below the peak, and a token that cannot be
+    targets = torch.randint(0, vocab, (rows,), generator=g)
+    bias[7], bias[3], targets[:2] = 40.0, -math.inf, torch.tensor([7, 9])
+    exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    expected = oracle(exact[0], exact[1], targets, exact[2], transform)
+    memory = torch.full_like(weight, math.nan)
+    stats, _ = linear_stats(hidden, weight, targets, bias, transform, memory=memory)
+    plain, _ = linear_stats(hidden, weight, targets, bias, transform)
+    assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
+    grads = RowGradients(*torch.randn(3, rows, generator=g))
+    got = linear_backward.linear_backward(hidden, weight, targets, bias, transform, stats, grads, needs, memory=memory)
+    loss = sum((weight_of * e).sum() for weight_of, e in zip(grads, expected, strict=True))
+    for a, e, needed in zip(got, torch.autograd.grad(loss, exact), needs, strict=True):
+        assert (a is not None) == needed
+        if needed:
+            assert (a.double() - e).norm() <= 2e-3 * e.norm()
+    assert len(made) == saved
+    if needs[1]:
+        assert got.weight.data_ptr() == memory.data_ptr()
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "vocab", "lent", "own"),
     [
-        (8192, 4096, 128256, [16896] * 5 + [8448] * 3, [4352] * 4 + [1024]),
-        (8192, 2304, 256000, [16896] * 11 + [8448] * 4, [4352] * 8 + [1536]),
+        (8192, 4096, 128256, [42240, 25344, 16896] + [8448] * 3, [4352] * 4 + [1024]),
+        (8192, 2304, 256000, [50688, 42240, 33792, 25344] + [16896] * 2 + [8448] * 4, [4352] * 8 + [1536]),
         # of few rows as much dz, and of many rows nothing that dWeight could hold often enough
         (1024, 4096, 128256, [67584], [33792, 26880]),
         (32768, 4096, 128256, [], [8448] * 15 + [1536]),
@@ -127,7 +179,7 @@ def test_slabs_of_a_large_head(rows, width, vocab, lent, own):
     slabs = list(all_slabs(of_rows, vocab, HOPPER, d_weight))
     assert [slab.columns.start for slab in slabs[1:]] + [vocab] == [slab.columns.stop for slab in slabs]
     assert [slab.columns.stop - slab.columns.start for slab in slabs] == lent + own
-    for columns, _, _, room in slabs[: len(lent)]:
+    for columns, _, _, room, _ in slabs[: len(lent)]:
         assert room._base is d_weight
         assert room.storage_offset() >= columns.stop * width
         assert room.storage_offset() + room.numel() <= d_weight.numel()
@@ -135,6 +187,80 @@ def test_slabs_of_a_large_head(rows, width, vocab, lent, own):
     for slab in slabs[len(lent) :]:
         assert slab.room._base is None
         assert slab.room.numel() == rows * (own[0] + PITCH)
+
+
+@interpreted
+def test_autograd_with_exponentials_saved(monkeypatch):
+    import entropy_fast as ef
+    from entropy_fast.functional import linear_operators, linear_reuse
+    from entropy_fast.kernels import linear, linear_backward, linear_slabs
+
+    for module in (linear_operators, linear_reuse):
+        monkeypatch.setattr(module, "implementation", lambda hidden, precision: linear)
+    monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
+    made, original = [], linear_backward.saved_dlogits
+    monkeypatch.setattr(linear_backward, "saved_dlogits", lambda *a: made.append(1) or original(*a))
+    g = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 6, 32, generator=g).half().requires_grad_()
+    weight = (0.4 * torch.randn(300, 32, generator=g)).half().requires_grad_()
+    targets, mask = torch.randint(0, 300, (2, 6), generator=g), torch.rand(2, 6, generator=g) < 0.7
+    upstream = torch.randn(3, 2, 6, generator=g)
+
+    def step(function, *tensors):
+        out = function(*tensors)
+        loss = sum((w * mask * o).sum() for w, o in zip(upstream, out, strict=True))
+        gradients = torch.autograd.grad(loss, tensors[:2], retain_graph=True)
+        used = len(made)
+        return out, gradients, torch.autograd.grad(loss, tensors[:2]), used, len(made)
+
+    def reusing(h, w):
+        return ef.linear_token_stats(h, w, targets, mask=mask, return_lse=True, reuse_gradient_memory=True)
+
+    def exact(h, w):
+        return [t.view(2, 6) for t in oracle(h.view(12, 32), w, targets.view(12), None, Transform())]
+
+    from entropy_fast.reference.transform import Transform
+
+    out, first, again, used, used_twice = step(reusing, hidden, weight)
+    assert used_twice == used > 0
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected, gradients, *_ = step(exact, *wide)
+    for got, e in zip(out, expected, strict=True):
+        assert (got - mask * e).abs().max() < 1e-5
+    for a, b, e in zip(first, again, gradients, strict=True):
+        assert (a.double() - e).norm() <= 2e-3 * e.norm()
+        assert (b.double() - e).norm() <= 2e-3 * e.norm()
+    # a head that needs no gradient has no memory to lend
+    made.clear()
+    ef.linear_token_stats(hidden, weight.detach(), targets, reuse_gradient_memory=True).logprob.sum().backward()
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "slabs"),
+    [(8192, 4096, 128256, 7), (8192, 2304, 256000, 8), (8192, 1024, 151936, 2), (1000, 4096, 128256, 15)],
+)
+def test_what_is_saved_stays_until_it_is_used(rows, width, vocab, slabs):
+    from entropy_fast.kernels.linear_operands import HOPPER
+    from entropy_fast.kernels.linear_slabs import Rows, all_slabs, saved_in
+
+    memory = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
+    saved = saved_in(memory, rows, HOPPER)
+    hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+    of_rows = Rows(hidden, None, torch.empty(rows, dtype=torch.int64, device="meta"), None)
+    plan = list(all_slabs(of_rows, vocab, HOPPER, memory, saved))
+    assert [s.saved is not None for s in plan] == [True] * slabs + [False] * (len(plan) - slabs)
+    assert [s.columns.start for s in plan[1:]] + [vocab] == [s.columns.stop for s in plan]
+    peaks = 2 * saved.peaks.storage_offset()
+    assert peaks + 2 * saved.peaks.numel() <= memory.numel()
+    for slab in plan[:slabs]:
+        exponentials = slab.saved[0]
+        assert exponentials.shape[0] >= rows
+        # the gradient's rows of this slab end before its dz, which ends before the peaks
+        assert slab.columns.stop * width <= exponentials.storage_offset()
+        assert exponentials.storage_offset() + exponentials.numel() <= peaks
+    starts = [s.saved[0].storage_offset() for s in plan[:slabs]]
+    assert [b - a for a, b in itertools.pairwise(starts)] == [plan[0].saved[0].numel()] * (slabs - 1)
 
 
 def selected(pattern, slabs, rows):
@@ -294,7 +420,7 @@ def _compile(kernel, signature, constants, target, gluon=False, **options):
 
 
 FORWARD_SCALARS = {"N": "i32", "C": "i32", "K": "i32", "n_units": "i32", "factor": "fp32", "squeeze": "fp32"}
-NAMES = ("row_scale_ptr", "col_scale_ptr", "bias_ptr")
+SAVING = ("saved_tiles", "slab_tiles", "saved_rows")
 
 
 @compiles
@@ -316,9 +442,9 @@ def test_triton_kernels_compile(backend, arch, tma, backward):
         return f"tensordesc<bf16[{rows},{columns}]>" if tma else "*bf16"
 
     signature = FORWARD_SCALARS | {"hidden": tile(t.BM, t.BK), "weight": tile(t.BN, t.BK), "target_ptr": "*i64"}
-    signature |= dict.fromkeys(("hidden_stride", "weight_stride", "dz_stride"), "i32")
+    signature |= dict.fromkeys(("hidden_stride", "weight_stride", "dz_stride", *SAVING, "saved_pitch"), "i32")
     signature |= dict.fromkeys(("lse_ptr", "constant_ptr", "slope_ptr", "dz_target_ptr", "tiles_ptr"), "*fp32")
-    signature |= {"dz": tile(t.BM, t.BN), "bias_ptr": "*bf16"}
+    signature |= {"dz": tile(t.BM, t.BN), "bias_ptr": "*bf16", "saved_ptr": "*fp16", "saved_peaks_ptr": "*fp32"}
     constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "PROGRAMS": 132, "TMA": tma, "PARTS": False}
     constants |= {"HAS_BIAS": True, "SOFTCAP": True, "row_scale_ptr": None, "col_scale_ptr": None}
     if backward:
@@ -331,10 +457,23 @@ def test_triton_kernels_compile(backend, arch, tma, backward):
 
 
 @compiles
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("options", [False, True])
+def test_the_kernel_for_saved_exponentials_compiles(gpu, options, tmp_path):
+    from entropy_fast.kernels.linear_saved import _variant, saved_dlogits_kernel
+
+    types = dict.fromkeys(("N", "tiles", "pitch", "peaks_stride"), "i32") | {"uncap": "fp32", "target_ptr": "*i64"}
+    types |= {"dz_ptr": "*bf16", "exponentials_ptr": "*fp16"}
+    compiled = compiled_for(gpu, saved_dlogits_kernel, _variant(256, options), types, "*fp32")
+    if gpu == ("cuda", 90):
+        assert stack_bytes(compiled, tmp_path) == 0
+
+
+@compiles
+@pytest.mark.parametrize("use", ["forward", "saving forward", "backward"])
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("settings", ["HOPPER", "HOPPER_ACCURATE"])
-def test_hopper_kernels_compile(backward, options, settings, tmp_path):
+def test_hopper_kernels_compile(use, options, settings, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
 
@@ -342,17 +481,23 @@ def test_hopper_kernels_compile(backward, options, settings, tmp_path):
     from entropy_fast.kernels.linear_hopper import tiles_kernel
 
     t = getattr(linear_operands, settings)
-    parts = t.run > 0
+    parts, backward = t.run > 0, use == "backward"
     layout = gl.NVMMASharedLayout.get_default_for([t.BM, t.BK], gl.bfloat16)
     signature = FORWARD_SCALARS | {
         "hidden": f"tensordesc<{'fp16' if parts else 'bf16'}[{t.BM},{t.BK}],{layout}>",
         "weight": f"tensordesc<{'fp16' if parts else 'bf16'}[{t.BN},{t.BK}],{layout}>",
-        "out": f"tensordesc<bf16[{t.BM // 2},{t.BN}],{layout}>" if backward else "*fp32",
+        "out": f"tensordesc<{'bf16' if backward else 'fp16'}[{t.BM // 2},{t.BN}],{layout}>",
         "target_ptr": "*i64",
+        "tiles_ptr": "*fp32",
+        "saved_peaks_ptr": "*fp32",
     }
+    signature |= dict.fromkeys(SAVING, "i32")
     constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "PROGRAMS": 132, "RUN": t.run}
-    constants |= {"STAGES": 3 if backward else t.num_stages, "PARTS": parts, "HAS_BIAS": options, "SOFTCAP": options}
+    constants |= {"STAGES": t.num_stages if use == "forward" else 3, "PARTS": parts}
+    constants |= {"HAS_BIAS": options, "SOFTCAP": options}
     constants |= {"HAS_ENTROPY": backward, "BACKWARD": backward}
+    unused = {"forward": ("out", "saved_peaks_ptr"), "backward": ("tiles_ptr", "saved_peaks_ptr")}
+    constants |= dict.fromkeys(unused.get(use, ()))
     signature |= {"bias_ptr": "*bf16", "row_scale_ptr": "*fp32", "col_scale_ptr": "*fp32"}
     if not parts:
         constants |= {"row_scale_ptr": None, "col_scale_ptr": None}

@@ -122,6 +122,50 @@ def test_only_what_needs_a_gradient_is_computed(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", TRANSFORMS)
+def test_gradients_in_reused_memory_match_float64(device, dtype, options):
+    vocab = 30000 if device == "cuda" else 501
+    hidden, weight, targets, b = problem(200, vocab=vocab, dtype=dtype, device=device, bias=True, spread=0.3)
+    hidden[:50] += 3 * weight[targets[:50]]
+    weights = list(torch.randn(3, len(targets), generator=torch.Generator().manual_seed(1)).to(device))
+    tensors = [hidden.requires_grad_(), weight.requires_grad_(), targets, b.requires_grad_()]
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    options = options | {"return_lse": True}
+    recomputed = ef.linear_token_stats(*tensors, **options)
+    reused = ef.linear_token_stats(*tensors, **options, reuse_gradient_memory=True)
+    assert all(torch.equal(a, b) for a, b in zip(reused, recomputed, strict=True))
+    got = gradients(ef.linear_token_stats, tensors, weights, **options, reuse_gradient_memory=True)
+    options.pop("return_lse")
+    for a, e in zip(got, gradients(oracle, exact, weights, **options), strict=True):
+        # as without; what is saved has half a unit of fp16
+        bound = 4 * ROUNDING[dtype] + logit_error(hidden, weight) + 3e-5 * (device == "cuda" and dtype == torch.float32)
+        assert (a.double() - e).norm() <= (bound + 2.0**-12) * e.norm()
+
+
+@pytest.mark.gpu
+def test_reused_memory_is_the_gradient_s_own():
+    hidden, weight, targets, _ = problem(256, 1024, 60000, torch.bfloat16, "cuda")
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def peak(**options):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = ef.linear_token_stats(hidden, weight, targets, **options)
+        held = torch.cuda.memory_allocated() - before
+        gradients = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [hidden, weight])
+        assert len(gradients) == 2
+        return held, torch.cuda.max_memory_allocated() - before
+
+    peak()
+    (held, most), (held_reusing, most_reusing) = peak(), peak(reuse_gradient_memory=True)
+    assert most_reusing <= most + 2**20
+    assert held_reusing - held <= weight.nbytes + 2**20
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_masked_rows_are_never_read(device):
     hidden, weight, targets, _ = problem(device=device)
     mask = torch.arange(len(targets), device=device) % 3 != 1
@@ -375,6 +419,7 @@ def test_second_derivative_is_refused():
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"precision": "double"}, "precision must be one of"),
         ({"max_dropped_mass": 1.0}, r"max_dropped_mass must be in \[0, 1\)"),
+        ({"max_dropped_mass": 1e-3, "reuse_gradient_memory": True}, r"max_dropped_mass=0.001 do not go together"),
     ],
 )
 def test_errors_name_the_argument(change, message):

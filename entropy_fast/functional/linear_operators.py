@@ -61,7 +61,11 @@ def has_triton(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, max_dropped_mass):
+@outside_autocast
+def compute_stats(
+    hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, max_dropped_mass, memory=None
+):
+    """`linear_stats`; `memory` is for the kernels' forward to save exponentials in, see `kernels.linear_forward`."""
     check_target_range(targets, mask, weight.shape[0])
     rows = _active(mask)
     x, y = _rows_of((hidden, targets), rows)
@@ -75,7 +79,10 @@ def _stats(hidden, weight, targets, bias, mask, temperature, scale, softcap, pre
     module = implementation(hidden, precision)
     transform = Transform(temperature.item(), scale, softcap)
     with ieee_products(hidden):
-        stats, slab_lse = module.linear_stats(x, weight, y, bias, transform, filtered=filtered, precision=precision)
+        options = {} if memory is None else {"memory": memory}
+        stats, slab_lse = module.linear_stats(
+            x, weight, y, bias, transform, filtered=filtered, precision=precision, **options
+        )
     dropped = nothing
     if slab_lse is not None:
         target_slab = y // module.filter_columns(hidden.device)
@@ -93,11 +100,12 @@ def linear_stats(
     if plain and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device):
         differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
-            return _stats(hidden, weight, targets, bias, *rest)
+            return compute_stats(hidden, weight, targets, bias, *rest)
     return torch.ops.entropy_fast.linear_stats.default(hidden, weight, targets, bias, *rest)
 
 
-def _stats_backward(
+@outside_autocast
+def compute_gradients(
     hidden,
     weight,
     targets,
@@ -116,7 +124,9 @@ def _stats_backward(
     grad_entropy,
     grad_lse,
     needs,
+    memory=None,
 ):
+    """`linear_stats_backward`; `memory` is what the forward filled, for this to use up."""
     rows = _active(mask)
     x, y = _rows_of((hidden, targets), rows)
     if len(x) == 0:
@@ -134,6 +144,7 @@ def _stats_backward(
             tuple(needs),
             kept if kept.numel() else None,
             precision,
+            **({} if memory is None else {"memory": memory}),
         )
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if t is None else t for t in gradients)
     return _in_place_of(d_hidden, rows, hidden.shape[0]) if needs[0] else d_hidden, d_weight, d_bias
@@ -172,8 +183,8 @@ def _in_place_of(values: torch.Tensor, rows: torch.Tensor | None, total: int) ->
 
 
 for _device in ("CPU", "CUDA", "XPU"):
-    LIBRARY.impl("linear_stats", outside_autocast(_stats), _device)
-    LIBRARY.impl("linear_stats_backward", outside_autocast(_stats_backward), _device)
+    LIBRARY.impl("linear_stats", compute_stats, _device)
+    LIBRARY.impl("linear_stats_backward", compute_gradients, _device)
 
 
 @torch.library.register_fake("entropy_fast::linear_stats")
