@@ -5,8 +5,8 @@ kernels here run. The key below holds all that a compiled kernel depends on: its
 whether they start on 16 bytes, the descriptors' types, and whether an integer needs 64 bits. So kernels launched here
 must name all their integers in `do_not_specialize`.
 
-Who launches on tensors that are alike from call to call can leave the key out as well: `launch` returns how to do it
-again. And `empties` makes tensors the way compiled code does, in a quarter of the time that torch.empty takes.
+Who launches on tensors that are alike from call to call can leave the key out as well (`Repeated`). And `empties` makes
+tensors the way compiled code does, in a quarter of the time that torch.empty takes.
 """
 
 from __future__ import annotations
@@ -101,6 +101,25 @@ def _run(compiled: Any, device: int, programs: int, rest: tuple[Any, ...], *argu
     else:
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *rest)
+
+
+class Repeated:
+    """A launch on tensors that are alike from call to call: in dtypes, device and whether they start on 16 bytes."""
+
+    def __init__(
+        self, kernel: Any, programs: int, integers: Sequence[int], floats: Sequence[float], variant: Variant
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._rest = (integers, floats, variant)
+        self._again: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Run it; the device of the tensors is the current one."""
+        if self._again is not None:
+            self._again(*[None if t is None else t.data_ptr() for t in tensors])
+        else:
+            self._again = launch(self._kernel, self._programs, tensors, *self._rest)
 
 
 def empties(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:

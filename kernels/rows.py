@@ -16,7 +16,6 @@ bits depend neither on the number of rows nor on its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -24,8 +23,16 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
-from entropy_fast.kernels.launch import Variant, empties, launch
-from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, finish_sequence, list_active, plan_sequences
+from entropy_fast.kernels.launch import Repeated, Variant, empties
+from entropy_fast.kernels.plan import (
+    BLOCK,
+    ActiveRows,
+    Sequences,
+    finish_sequence,
+    list_active,
+    list_launch,
+    plan_sequences,
+)
 from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, registers, vector_width
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
@@ -300,63 +307,68 @@ class Forward:
         include_eos: bool = True,
         sequences: bool = False,
     ) -> None:
-        self.settings = settings = settings or forward_settings(logits)
-        self.device = device = logits.device
-        self.rows = rows = targets.numel()
-        self.for_backward = for_backward
+        settings = settings or forward_settings(logits)
+        self._device = device = logits.device
+        self._rows = rows = targets.numel()
+        self._for_backward = for_backward
         dtype = arithmetic_dtype(logits.dtype)
         self._empty = empties(targets.shape, dtype, device)
         outer, inner, vocab = logits.shape
         few = split_below(settings, device)
-        segments = settings.segments
-        self.listed = listed = mask is not None or sequences
-        self.partials = None
+        self._segments = segments = settings.segments
+        listed = mask is not None or sequences
+        counters = counter_count(settings, device)
+        self._counters = empties((counters,), torch.int32, device)
+        self._listing = list_launch(rows, counters) if mask is not None else None
+        self._partials = None
         if segments > 1 and (listed or rows < few):
-            self.partials = empties((min(rows, few), segments, 4, settings.lanes), dtype, device)
+            self._partials = empties((min(rows, few), segments, 4, settings.lanes), dtype, device)
         if listed:
             # resident programs walk a list whose length is known on the device alone
-            self.programs = min(rows * segments, multiprocessors(device) * settings.resident)
+            programs = min(rows * segments, multiprocessors(device) * settings.resident)
         else:
             # the hardware hands out the rows
-            self.programs = rows * (segments if rows < few else 1)
-        self.integers = (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0)
-        self.floats = (transform.factor, transform.squeeze or 0.0)
-        self.variant = _variant(
-            settings,
-            dtype,
-            logits.element_size(),
-            vector_width(logits),
-            vocab,
-            bias is not None,
-            transform.softcap is not None,
-            sequences,
-            include_eos,
-            device,
+            programs = rows * (segments if rows < few else 1)
+        self._kernel = Repeated(
+            row_stats_kernel,
+            programs,
+            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0),
+            (transform.factor, transform.squeeze or 0.0),
+            _variant(
+                settings,
+                dtype,
+                logits.element_size(),
+                vector_width(logits),
+                vocab,
+                bias is not None,
+                transform.softcap is not None,
+                sequences,
+                include_eos,
+                device,
+            ),
         )
-        self._again: Callable[..., None] | None = None
 
     def __call__(
         self, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None
     ) -> RowStats:
         """Statistics of every row."""
-        device = self.device
+        device = self._device
         if device.index is not None and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(logits, targets, mask, bias)
         out = self.empty_stats()
-        if self.rows == 0:
+        if self._rows == 0:
             return out
         active = None
-        if mask is not None and self.listed:
-            counters = torch.empty(counter_count(self.settings, device), dtype=torch.int32, device=device)
-            active = list_active(mask, out, counters)
+        if self._listing is not None:
+            active = list_active(mask, out, self._counters(), self._listing)
         self.launch(logits, targets, bias, out, active)
         return out
 
     def empty_stats(self) -> RowStats:
         """Room for the results, on the current device."""
         new = self._empty
-        return RowStats(new(), new(), new(), new()) if self.for_backward else RowStats(new(), new(), None, None)
+        return RowStats(new(), new(), new(), new()) if self._for_backward else RowStats(new(), new(), None, None)
 
     def launch(
         self,
@@ -370,16 +382,12 @@ class Forward:
         """Fill `out`, on the current device."""
         partials = None
         counters = None if active is None else active.counters
-        if self.settings.segments > 1:
+        if self._segments > 1:
             # split or not, the kernel is the same one, and so are the types of what it is given
-            partials = out.logprob if self.partials is None else self.partials()
+            partials = out.logprob if self._partials is None else self._partials()
             if active is None:
-                split = self.partials is not None
-                count = counter_count(self.settings, self.device)
-                counters = (
-                    torch.zeros(count, dtype=torch.int32, device=self.device) if split else partials.view(torch.int32)
-                )
-        tensors = (
+                counters = partials.view(torch.int32) if self._partials is None else self._counters().zero_()
+        self._kernel(
             logits,
             bias,
             targets,
@@ -389,10 +397,6 @@ class Forward:
             partials,
             *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
         )
-        if self._again is not None:
-            self._again(*[None if t is None else t.data_ptr() for t in tensors])
-        else:
-            self._again = launch(row_stats_kernel, self.programs, tensors, self.integers, self.floats, self.variant)
 
 
 @cache
