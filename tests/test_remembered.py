@@ -301,6 +301,31 @@ def test_launching_again(monkeypatch):
             monkeypatch.setattr(hooks, name, None)
 
 
+def like_new(device, shape, dtype):
+    from entropy_fast.kernels.launch import empties
+
+    make = empties(shape, dtype, torch.device(device))
+    made, other = make(), make()
+    return made.shape == torch.Size(shape) and made.dtype == dtype and made.is_contiguous() and made is not other
+
+
+SHAPES = [(), (5,), (2, 3, 4), (0, 3), (4, 1, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_made_as_compiled_code_does(shape, monkeypatch):
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu)
+    for device in ("cpu", "cuda"):
+        assert like_new(device, shape, torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tensors_made_as_compiled_code_does_on_a_gpu(shape):
+    assert like_new(f"cuda:{torch.cuda.current_device()}", shape, torch.float64)
+
+
 @pytest.mark.gpu
 def test_hooks_hear_of_remembered_launches():
     from triton import knobs
@@ -327,7 +352,7 @@ def test_streams_and_devices():
             expected = ef.token_stats(logits, targets)
             torch.cuda.synchronize(device)
             for current in range(torch.cuda.device_count()):
-                with torch.cuda.device(current), torch.cuda.stream(torch.cuda.Stream(device)):
+                with torch.cuda.stream(torch.cuda.Stream(device)), torch.cuda.device(current):
                     out = ef.token_stats(logits, targets)
                     torch.cuda.synchronize(device)
                 assert out.logprob.device == out.entropy.device == logits.device
