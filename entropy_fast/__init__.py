@@ -32,7 +32,8 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"entropy_fast.{_PUBLIC[name]}"), name)
+        value = globals()[name] = getattr(importlib.import_module(f"entropy_fast.{_PUBLIC[name]}"), name)
+        return value
     raise AttributeError(f"module 'entropy_fast' has no attribute {name!r}")
 
 

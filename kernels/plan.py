@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Variant, ceil_div, launch
+from entropy_fast.kernels.launch import Repeated, Variant, ceil_div, launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
@@ -194,21 +194,22 @@ def finish_sequence(
     tl.store(sums_ptr + 2 * sequences + sequence, tl.sum(emitted, 0))
 
 
-def list_active(mask: torch.Tensor, out: RowStats, counters: torch.Tensor) -> ActiveRows:
+def list_active(
+    mask: torch.Tensor, out: RowStats, counters: torch.Tensor, listing: Repeated | None = None
+) -> ActiveRows:
     """The list of True positions of a contiguous bool mask; zeros go to `out` at the others.
 
-    `counters` becomes their number and zeros.
+    `counters` becomes their number and zeros. `listing` is the launch, for those who repeat it.
     """
     active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
-    launch(
-        list_active_kernel,
-        ceil_div(mask.numel(), LIST_BLOCK),
-        (mask, *active, *out),
-        (mask.numel(), counters.numel()),
-        (),
-        LIST,
-    )
+    listing = listing or list_launch(mask.numel(), counters.numel())
+    listing(mask, *active, *out)
     return active
+
+
+def list_launch(rows: int, counters: int) -> Repeated:
+    """What `list_active` launches for so many rows and counters."""
+    return Repeated(list_active_kernel, ceil_div(rows, LIST_BLOCK), (rows, counters), (), LIST)
 
 
 def plan_sequences(

@@ -23,8 +23,16 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
-from entropy_fast.kernels.launch import Variant, launch
-from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, finish_sequence, list_active, plan_sequences
+from entropy_fast.kernels.launch import Repeated, Variant, empties
+from entropy_fast.kernels.plan import (
+    BLOCK,
+    ActiveRows,
+    Sequences,
+    finish_sequence,
+    list_active,
+    list_launch,
+    plan_sequences,
+)
 from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, registers, vector_width
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
@@ -221,16 +229,8 @@ def row_stats(
         settings: launch settings; from the table by default.
         for_backward: whether peak and log_sum are wanted; without, they are None.
     """
-    out = _empty_stats(logits, targets, for_backward)
-    if targets.numel() == 0:
-        return out
-    settings = settings or forward_settings(logits)
-    active = None
-    if mask is not None:
-        counters = torch.empty(counter_count(settings, logits.device), dtype=torch.int32, device=logits.device)
-        active = list_active(mask, out, counters)
-    _launch(logits, targets, bias, transform, out, settings, active)
-    return out
+    forward = Forward(logits, targets, mask, bias, transform, settings, for_backward)
+    return forward(logits, targets, mask, bias)
 
 
 def sequence_stats(
@@ -259,16 +259,18 @@ def sequence_stats(
         transform: what turns `logits + bias` into the logits of the softmax.
         settings: launch settings; from the table by default.
     """
-    out = _empty_stats(logits, tokens)
     settings = settings or forward_settings(logits)
-    counters = torch.zeros(
-        counter_count(settings, logits.device) + len(tokens), dtype=torch.int32, device=logits.device
-    )
-    active, sequences = plan_sequences(
-        tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
-    )
-    if tokens.numel() > 0:
-        _launch(logits, tokens, bias, transform, out, settings, active, sequences, include_eos)
+    with torch.cuda.device_of(logits):
+        forward = Forward(logits, tokens, None, bias, transform, settings, include_eos=include_eos, sequences=True)
+        out = forward.empty_stats()
+        counters = torch.zeros(
+            counter_count(settings, logits.device) + len(tokens), dtype=torch.int32, device=logits.device
+        )
+        active, sequences = plan_sequences(
+            tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
+        )
+        if tokens.numel() > 0:
+            forward.launch(logits, tokens, bias, out, active, sequences)
     return out, sequences
 
 
@@ -286,49 +288,106 @@ def counter_count(settings: Settings, device: torch.device) -> int:
     return 2 + split_below(settings, device)
 
 
-def _empty_stats(logits: torch.Tensor, targets: torch.Tensor, for_backward: bool = True) -> RowStats:
-    first = torch.empty(targets.shape, dtype=arithmetic_dtype(logits.dtype), device=logits.device)
-    more = [torch.empty_like(first) if wanted else None for wanted in (True, for_backward, for_backward)]
-    return RowStats(first, *more)
+class Forward:
+    """`row_stats`, or the kernel of `sequence_stats`, with all that does not depend on where tensors lie worked out.
 
+    It is called with tensors that have the shapes, strides, dtypes, device and starts modulo 16 bytes of those it is
+    made for, and holds none of them. The arguments are those of `row_stats`.
+    """
 
-def _launch(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    transform: Transform,
-    out: RowStats,
-    settings: Settings,
-    active: ActiveRows | None,
-    sequences: Sequences | None = None,
-    include_eos: bool = True,
-) -> None:
-    _, inner, vocab = logits.shape
-    rows = targets.numel()
-    device = logits.device
-    few = split_below(settings, device)
-    segments = settings.segments
-    partials = None
-    counters = None if active is None else active.counters
-    if segments > 1:
-        # split or not, the kernel is the same one, and so are the types of what it is given
-        partials = out.logprob
-        if active is not None or rows < few:
-            partials = torch.empty(min(rows, few), segments, 4, settings.lanes, dtype=partials.dtype, device=device)
-        if active is None:
-            split = rows < few
-            count = counter_count(settings, device)
-            counters = torch.zeros(count, dtype=torch.int32, device=device) if split else partials.view(torch.int32)
-    if active is None:
-        # the hardware hands out the rows
-        programs = rows * (segments if rows < few else 1)
-    else:
-        # resident programs walk a list whose length is known on the device alone
-        programs = min(rows * segments, multiprocessors(device) * settings.resident)
-    launch(
-        row_stats_kernel,
-        programs,
-        (
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        transform: Transform,
+        settings: Settings | None = None,
+        for_backward: bool = True,
+        include_eos: bool = True,
+        sequences: bool = False,
+    ) -> None:
+        settings = settings or forward_settings(logits)
+        self._device = device = logits.device
+        self._rows = rows = targets.numel()
+        self._for_backward = for_backward
+        dtype = arithmetic_dtype(logits.dtype)
+        self._empty = empties(targets.shape, dtype, device)
+        outer, inner, vocab = logits.shape
+        few = split_below(settings, device)
+        self._segments = segments = settings.segments
+        listed = mask is not None or sequences
+        counters = counter_count(settings, device)
+        self._counters = empties((counters,), torch.int32, device)
+        self._listing = list_launch(rows, counters) if mask is not None else None
+        self._partials = None
+        if segments > 1 and (listed or rows < few):
+            self._partials = empties((min(rows, few), segments, 4, settings.lanes), dtype, device)
+        if listed:
+            # resident programs walk a list whose length is known on the device alone
+            programs = min(rows * segments, multiprocessors(device) * settings.resident)
+        else:
+            # the hardware hands out the rows
+            programs = rows * (segments if rows < few else 1)
+        self._kernel = Repeated(
+            row_stats_kernel,
+            programs,
+            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0),
+            (transform.factor, transform.squeeze or 0.0),
+            _variant(
+                settings,
+                dtype,
+                logits.element_size(),
+                vector_width(logits),
+                vocab,
+                bias is not None,
+                transform.softcap is not None,
+                sequences,
+                include_eos,
+                device,
+            ),
+        )
+
+    def __call__(
+        self, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> RowStats:
+        """Statistics of every row."""
+        device = self._device
+        if device.index is not None and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(logits, targets, mask, bias)
+        out = self.empty_stats()
+        if self._rows == 0:
+            return out
+        active = None
+        if self._listing is not None:
+            active = list_active(mask, out, self._counters(), self._listing)
+        self.launch(logits, targets, bias, out, active)
+        return out
+
+    def empty_stats(self) -> RowStats:
+        """Room for the results, on the current device."""
+        new = self._empty
+        return RowStats(new(), new(), new(), new()) if self._for_backward else RowStats(new(), new(), None, None)
+
+    def launch(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: RowStats,
+        active: ActiveRows | None,
+        sequences: Sequences | None = None,
+    ) -> None:
+        """Fill `out`, on the current device."""
+        partials = None
+        counters = None if active is None else active.counters
+        if self._segments > 1:
+            # split or not, the kernel is the same one, and so are the types of what it is given
+            partials = out.logprob if self._partials is None else self._partials()
+            if active is None:
+                counters = partials.view(torch.int32) if self._partials is None else self._counters().zero_()
+        self._kernel(
             logits,
             bias,
             targets,
@@ -337,30 +396,7 @@ def _launch(
             counters,
             partials,
             *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
-        ),
-        (
-            rows,
-            inner,
-            vocab,
-            logits.stride(0),
-            logits.stride(1),
-            few,
-            0 if sequences is None else logits.shape[0],
-        ),
-        (transform.factor, transform.squeeze or 0.0),
-        _variant(
-            settings,
-            out.logprob.dtype,
-            logits.element_size(),
-            vector_width(logits),
-            vocab,
-            bias is not None,
-            transform.softcap is not None,
-            sequences is not None,
-            include_eos,
-            device,
-        ),
-    )
+        )
 
 
 @cache

@@ -455,6 +455,20 @@ def test_the_dispatcher_is_passed_by_only_where_nobody_looks():
     assert compiled(x).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_position_without_a_dimension_has_the_bits_and_dtypes_of_a_row(device, dtype):
+    logits, targets = problem(1, 70, device=device, dtype=dtype)
+    for gradient in (False, True):
+        x = logits.requires_grad_(gradient)
+        rows = ef.token_stats(x, targets, temperature=0.7, return_lse=True)
+        alone = ef.token_stats(x[0], targets[0], temperature=0.7, return_lse=True)
+        for a, b in zip(alone, rows, strict=True):
+            assert a.shape == ()
+            assert a.dtype == dtype
+            assert a == b[0]
+
+
 def test_autocast_changes_nothing():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 40, generator=g).requires_grad_()

@@ -135,23 +135,29 @@ def _sequence_stats_torch(
 # Triton. The kernels are imported when a GPU first needs them.
 
 
-def _as_rows(logits: torch.Tensor) -> torch.Tensor:
+def as_rows(logits: torch.Tensor) -> torch.Tensor:
     """A view (outer, inner, vocab); a copy only for layouts that two row strides cannot describe."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    if logits.ndim <= 3:
+    if logits.ndim == 3:
+        return logits
+    if logits.ndim < 3:
         return logits[(None,) * (3 - logits.ndim)]
     return logits.reshape(-1, *logits.shape[-2:])
+
+
+def _contiguous(tensor: Any) -> Any:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward=True):
     from entropy_fast.kernels.rows import row_stats
 
     return row_stats(
-        _as_rows(logits),
-        targets.contiguous(),
-        None if mask is None else mask.contiguous(),
-        bias,
+        as_rows(logits),
+        _contiguous(targets),
+        _contiguous(mask),
+        _contiguous(bias),
         _transform(temperature, scale, softcap),
         for_backward=for_backward,
     )
@@ -160,16 +166,17 @@ def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, 
 def _write_gradient_triton(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
     from entropy_fast.kernels.rows_backward import row_stats_backward
 
-    *values, needs_bias = (t.contiguous() if isinstance(t, torch.Tensor) else t for t in rest)
+    *values, needs_bias = rest
+    values = [_contiguous(t) for t in values]
     row_stats_backward(
-        _as_rows(logits),
-        targets.contiguous(),
-        None if mask is None else mask.contiguous(),
-        bias,
+        as_rows(logits),
+        _contiguous(targets),
+        _contiguous(mask),
+        _contiguous(bias),
         _transform(temperature, scale, softcap),
         RowStats(*values[:4]),
         RowGradients(*values[4:]),
-        _as_rows(out),
+        as_rows(out),
     )
     if not needs_bias:
         return logits.new_empty(0)
@@ -196,14 +203,14 @@ def _sequence_stats_triton(
     from entropy_fast.kernels.rows import sequence_stats
 
     stats, sequences = sequence_stats(
-        _as_rows(logits),
-        tokens.contiguous(),
-        attention_mask.contiguous(),
-        prompt_lens.contiguous(),
+        as_rows(logits),
+        _contiguous(tokens),
+        _contiguous(attention_mask),
+        _contiguous(prompt_lens),
         _on_device(tuple(eos_token_ids), logits.device),
         include_eos,
         stop_at_eos,
-        bias,
+        _contiguous(bias),
         _transform(*transform),
     )
     return (*stats, sequences.lengths, sequences.eos_column, sequences.runs_past_eos, sequences.sums)

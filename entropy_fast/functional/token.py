@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entropy_fast.errors import InputError
-from entropy_fast.functional import operators
+from entropy_fast.functional import operators, remembered
 from entropy_fast.functional import validation as check
 from entropy_fast.functional.types import TokenStats
 
@@ -59,11 +59,20 @@ def token_stats(
             vocabulary on an active row: on a CPU the error names the row; on a GPU, where looking would stall the
             stream, that row's logprob, entropy and gradient are NaN.
     """
-    check_logits(logits, bias, temperature, scale, softcap)
-    check.check_positions(targets, mask, logits.shape[:-1], "logits")
-    check.check_devices(logits.device, "logits", targets=targets, mask=mask, bias=bias)
+    differentiable = torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))
+    call = (logits, targets, mask, bias, temperature, scale, softcap, differentiable or return_lse)
+    key = remembered.call_key(*call)
+    forward = remembered.find(key)
+    if forward is None:
+        check_logits(logits, bias, temperature, scale, softcap)
+        check.check_positions(targets, mask, logits.shape[:-1], "logits")
+        check.check_devices(logits.device, "logits", targets=targets, mask=mask, bias=bias)
+        forward = remembered.remember(key, *call)
+    if forward is not None and not differentiable:
+        logprob, entropy, peak, log_sum = forward(logits, targets, mask, bias)
+        return TokenStats(logprob, entropy, _lse(peak, log_sum, temperature, scale, softcap) if return_lse else None)
     heat = as_tensor(temperature)
-    if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
+    if not differentiable:
         logprob, entropy, peak, log_sum = operators.row_stats(
             logits, targets, mask, bias, heat, scale, softcap, for_backward=return_lse
         )
@@ -71,7 +80,7 @@ def token_stats(
     if inplace_backward:
         check_in_place(logits)
     return TokenStats(
-        *_TokenStats.apply(logits, targets, mask, bias, heat, scale, softcap, return_lse, inplace_backward)
+        *_TokenStats.apply(logits, targets, mask, bias, heat, scale, softcap, return_lse, inplace_backward, forward)
     )
 
 
@@ -88,15 +97,21 @@ def _remembered(temperature: float) -> torch.Tensor:
 
 
 def _lse(
-    peak: torch.Tensor, log_sum: torch.Tensor, temperature: torch.Tensor, scale: float, softcap: float | None
+    peak: torch.Tensor, log_sum: torch.Tensor, temperature: torch.Tensor | float, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    return log_sum + peak * ((scale if softcap is None else softcap) / temperature)
+    factor = (scale if softcap is None else softcap) / temperature
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(peak.dtype)  # or one row's, without a dimension, would be float64
+    return log_sum + peak * factor
 
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, targets, mask, bias, temperature, scale, softcap, return_lse, in_place):
-        stats = operators.row_stats(logits, targets, mask, bias, temperature, scale, softcap)
+    def forward(ctx: Any, logits, targets, mask, bias, temperature, scale, softcap, return_lse, in_place, forward):
+        if forward is not None:
+            stats = forward(logits, targets, mask, bias)
+        else:
+            stats = operators.row_stats(logits, targets, mask, bias, temperature, scale, softcap)
         ctx.save_for_backward(logits, targets, mask, bias, temperature, *stats)
         ctx.set_materialize_grads(False)
         ctx.options = (scale, softcap)
@@ -108,7 +123,7 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprob, grad_entropy, grad_lse=None):
-        unused = (None,) * 5
+        unused = (None,) * 6
         if grad_logprob is None and grad_entropy is None and grad_lse is None:
             return None, None, None, None, *unused
         logits, targets, mask, bias, temperature, *stats = saved_tensors(ctx)
