@@ -20,6 +20,9 @@ class Settings(NamedTuple):
         resident: programs that a multiprocessor runs at once.
         split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
+        words: aligned words of 4 bytes that a lane takes in a row (1 or 4), where 16-bit rows start on any 2 bytes; 0:
+            loads of an element.
+        tail: rows a multiprocessor, the last ones of many, that programs share.
     """
 
     unroll: int
@@ -30,6 +33,8 @@ class Settings(NamedTuple):
     resident: int
     split: float
     registers: int | None = None
+    words: int = 0
+    tail: float = 0
 
 
 class BackwardSettings(NamedTuple):
