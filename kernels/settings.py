@@ -38,10 +38,21 @@ class Settings(NamedTuple):
 
 
 class BackwardSettings(NamedTuple):
-    """Elements of a row that a program of the backward takes, and its warps."""
+    """Launch parameters of the backward.
+
+    Attributes:
+        block: most elements of a row that a program takes.
+        warps: warps of a program.
+        equal: whether a row's pieces are equal, or all but the last as large as can be.
+        eviction: eviction policy of the stores.
+        registers: most registers of a thread.
+    """
 
     block: int
     warps: int
+    equal: bool = False
+    eviction: str = ""
+    registers: int | None = None
 
 
 # (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
@@ -93,7 +104,7 @@ def _forward_settings(vocab: int, narrow: bool) -> Settings:
 def backward_settings(itemsize: int) -> BackwardSettings:
     """The table's entry for logits of `itemsize` bytes."""
     settings = BACKWARD.get(gpu(), BACKWARD["sm90"])
-    return BackwardSettings(settings.block * 2 // itemsize, settings.warps)
+    return settings._replace(block=settings.block * 2 // itemsize)
 
 
 @cache
