@@ -10,8 +10,11 @@ Bytes: the active rows once, and 16 bytes out per row.
 Each of LANES lanes keeps its own running sums over UNROLL × WIDTH elements a step, so the loop has no exchange between
 threads, one exp2 an element and 16-byte loads; lanes merge once per segment. A row is cut into segments by its
 vocabulary alone, and segments merge in order: in the one program that holds the row or, when rows are too few to fill
-the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
-bits depend neither on the number of rows nor on its place.
+the device and for the last rows of many, in the last to finish of the programs that hold a segment each. Both are the
+same compiled code, so a row's bits depend neither on the number of rows nor on its place.
+
+16-bit rows that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (`load_words`):
+loads of 2 bytes cannot be copied to shared memory in the background, and each would hold a register while in flight.
 """
 
 from __future__ import annotations
@@ -59,11 +62,88 @@ def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: t
     return x
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
+@triton.jit
+def load_word(words_ptr, word, skip, phase, left):
+    """Words `word + skip` of a row; where `left` is not None, those alone that hold one of so many elements."""
+    pointer = (words_ptr + skip) + word
+    if left is None:
+        value = tl.load(pointer, eviction_policy="evict_first")
+    else:
+        inside = 2 * word < left + phase - 2 * skip
+        value = tl.load(pointer, mask=inside, other=0, eviction_policy="evict_first")
+    return value
+
+
+@triton.jit
+def two_elements(low, high, phase, element: tl.constexpr):
+    """The 16-bit elements `phase` and `phase` + 1 of the four in two words, in float32."""
+    both = low.to(tl.uint32, bitcast=True).to(tl.uint64) | (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+    # one funnel shift
+    pair = (both >> (16 * phase).to(tl.uint64)).to(tl.uint32)
+    if element == tl.bfloat16:
+        first = (pair << 16).to(tl.float32, bitcast=True)
+        second = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        first = pair.to(tl.uint16).to(element, bitcast=True).to(tl.float32)
+        second = (pair >> 16).to(tl.uint16).to(element, bitcast=True).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def load_words(
+    words_ptr, phase, left, element: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """16-bit elements [UNROLL, LANES, 2 WORDS] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`.
+
+    An element pair may lie across two words. The second is loaded at `phase` words after the first, so where the row
+    starts on 4 bytes it is the same one, and no word is read that holds nothing of the row; words of memory begin and
+    end where allocations do. Loads are of one dimension: of two, the shared memory behind them would conflict.
+    """
+    word = tl.arange(0, UNROLL * LANES) * WORDS
+    a = load_word(words_ptr, word, 0, phase, left)
+    last = load_word(words_ptr, word, WORDS - 1 + phase, phase, left)
+    if WORDS == 1:
+        even, odd = two_elements(a, last, phase, element)
+    else:
+        b = load_word(words_ptr, word, 1, phase, left)
+        c = load_word(words_ptr, word, 2, phase, left)
+        d = load_word(words_ptr, word, 3, phase, left)
+        e0, e1 = two_elements(a, b, phase, element)
+        e2, e3 = two_elements(b, c, phase, element)
+        e4, e5 = two_elements(c, d, phase, element)
+        e6, e7 = two_elements(d, last, phase, element)
+        even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
+        odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
+    return tl.reshape(tl.join(even, odd), [UNROLL, LANES, 2 * WORDS])
+
+
+@triton.jit
+def load_block(
+    row_ptr, words_ptr, phase, start, left, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    WORDS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Elements [UNROLL, LANES, WIDTH] of a row from `start` on; where `left` is not None, only so many are read."""
+    if WORDS > 0:
+        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, UNROLL, LANES, WORDS)
+    else:
+        # of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three
+        place = tl.arange(0, UNROLL * LANES * WIDTH)
+        if left is None:
+            w = tl.load(row_ptr + start + place, eviction_policy="evict_first")
+        else:
+            w = tl.load(row_ptr + start + place, mask=place < left, other=0.0, eviction_policy="evict_first")
+        w = tl.reshape(w.to(ACC), [UNROLL, LANES, WIDTH])
+    return w
+
+
+@triton.jit(
+    do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "tail", "sequences"]
+)
 def row_stats_kernel(
     logits_ptr,
     bias_ptr,
     targets_ptr,
+    mask_ptr,
     logprob_ptr,
     entropy_ptr,
     peak_ptr,
@@ -80,6 +160,7 @@ def row_stats_kernel(
     stride_outer,
     stride_inner,
     split_below,
+    tail,
     sequences,
     factor: tl.float64,
     squeeze: tl.float64,
@@ -92,17 +173,22 @@ def row_stats_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
     STAGES: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
-    """One program a row, or a segment of a row where rows are few; with a list, whoever is free takes the next."""
+    """One program a row, or a segment of a row where rows are few and in the last `tail` rows.
+
+    With a list, whoever is free takes the next row; with a mask, a program whose row is masked ends at once.
+    """
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
-    # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
-    stride_outer = stride_outer // WIDTH * WIDTH
-    stride_inner = stride_inner // WIDTH * WIDTH
+    if WORDS == 0:
+        # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
+        stride_outer = stride_outer // WIDTH * WIDTH
+        stride_inner = stride_inner // WIDTH * WIDTH
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
     block_cols = (
@@ -114,11 +200,24 @@ def row_stats_kernel(
     per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
     if active_ptr is not None:
         rows = tl.load(counters_ptr)
-    parts = tl.where(rows < split_below, SEGMENTS, 1)
+    # first the rows that a program takes whole, then the segments of those that programs share
+    split = tl.where(rows < split_below, rows, tail)
+    whole = rows - split
+    units = whole + split * SEGMENTS
     unit = tl.program_id(0)
-    while unit < rows * parts:
-        index = unit // parts
-        part = unit % parts
+    if mask_ptr is not None:
+        is_active = tl.load(mask_ptr + unit) != 0
+        tl.store(logprob_ptr + unit, 0.0, mask=is_active == 0)
+        tl.store(entropy_ptr + unit, 0.0, mask=is_active == 0)
+        if peak_ptr is not None:
+            tl.store(peak_ptr + unit, 0.0, mask=is_active == 0)
+            tl.store(log_sum_ptr + unit, 0.0, mask=is_active == 0)
+        units = tl.where(is_active, units, 0)
+    while unit < units:
+        slot = (unit - whole) // SEGMENTS
+        part = tl.where(unit < whole, 0, (unit - whole) % SEGMENTS)
+        parts = tl.where(unit < whole, 1, SEGMENTS)
+        index = tl.where(unit < whole, unit, whole + slot)
         row = index
         if active_ptr is not None:
             row = tl.load(active_ptr + index)
@@ -127,29 +226,36 @@ def row_stats_kernel(
         # the token in a column is scored by the logits of the column before it
         column = row - outer * inner - SEQUENCES
         row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
+        words_ptr = None
+        phase = 0
+        if WORDS > 0:
+            address = row_ptr.to(tl.int64)
+            phase = (address % 4 // 2).to(tl.int32)
+            words_ptr = (address // 4 * 4).to(tl.pointer_type(tl.int32))
 
         # sums of the segment at hand and, where there are several, of those that are finished
         m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
         first = part * per_segment
         last = tl.where(parts == 1, whole_blocks, min(first + per_segment, whole_blocks))
-        left = per_segment
+        to_merge = per_segment
         for block in tl.range(first, last, num_stages=STAGES):
             start = block * BLOCK
-            w = tl.load(row_ptr + start + block_cols, eviction_policy="evict_first").to(ACC)
+            w = load_block(row_ptr, words_ptr, phase, start, None, UNROLL, LANES, WIDTH, WORDS, ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
             m, s, r, e = absorb(w, m, s, r, e, alpha)
             if SEGMENTS > 1:
-                left -= 1
-                if left == 0:
-                    left = per_segment
+                to_merge -= 1
+                if to_merge == 0:
+                    to_merge = per_segment
                     m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
                     m, s, r, e = empty_sets(LANES, ACC)
         holds_tail = (parts == 1) | ((first <= whole_blocks) & (whole_blocks < first + per_segment))
         if holds_tail & (whole_blocks * BLOCK < vocab):
             start = whole_blocks * BLOCK
-            inside = block_cols < vocab - start
-            w = tl.load(row_ptr + start + block_cols, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
+            left = vocab - start
+            inside = block_cols < left
+            w = load_block(row_ptr, words_ptr, phase, start, left, UNROLL, LANES, WIDTH, WORDS, ACC)
             w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
             m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
@@ -160,14 +266,14 @@ def row_stats_kernel(
         complete = parts == 1
         if SEGMENTS > 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if parts > 1:
-                partial_ptr = partials_ptr + index * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
+                partial_ptr = partials_ptr + slot * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
                 own_ptr = partial_ptr + part * (4 * LANES)
                 tl.store(own_ptr, m_row)
                 tl.store(own_ptr + LANES, s_row)
                 tl.store(own_ptr + 2 * LANES, r_row)
                 tl.store(own_ptr + 3 * LANES, e_row)
                 tl.debug_barrier()
-                complete = tl.atomic_add(counters_ptr + 2 + index, 1, sem="acq_rel") == parts - 1
+                complete = tl.atomic_add(counters_ptr + 2 + slot, 1, sem="acq_rel") == parts - 1
                 if complete:
                     m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
                     for segment in range(SEGMENTS):
@@ -270,7 +376,7 @@ def sequence_stats(
             tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
         )
         if tokens.numel() > 0:
-            forward.launch(logits, tokens, bias, out, active, sequences)
+            forward.launch(logits, tokens, None, bias, out, active, sequences)
     return out, sequences
 
 
@@ -278,6 +384,12 @@ def sequence_stats(
 def split_below(settings: Settings, device: torch.device) -> int:
     """With fewer active rows than this, programs share rows."""
     return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
+
+
+@cache
+def tail_rows(settings: Settings, device: torch.device) -> int:
+    """So many of the last rows of many are shared by programs, so that the last programs end together."""
+    return int(multiprocessors(device) * settings.tail) if settings.segments > 1 else 0
 
 
 def counter_count(settings: Settings, device: torch.device) -> int:
@@ -316,23 +428,27 @@ class Forward:
         outer, inner, vocab = logits.shape
         few = split_below(settings, device)
         self._segments = segments = settings.segments
-        listed = mask is not None or sequences
-        counters = counter_count(settings, device)
+        # a program of a masked row would come and go while others still read; a list keeps all of them busy
+        listed = sequences or (mask is not None and segments > 1)
+        tail = 0 if listed else min(rows, tail_rows(settings, device))
+        # rows that programs share; with a list at most so many
+        split = min(rows, few) if listed or rows < few else tail
+        counters = counter_count(settings, device) if listed else 2 + split
         self._counters = empties((counters,), torch.int32, device)
-        self._listing = list_launch(rows, counters) if mask is not None else None
+        self._listing = list_launch(rows, counters) if listed and not sequences else None
         self._partials = None
-        if segments > 1 and (listed or rows < few):
-            self._partials = empties((min(rows, few), segments, 4, settings.lanes), dtype, device)
+        if segments > 1 and split > 0:
+            self._partials = empties((split, segments, 4, settings.lanes), dtype, device)
         if listed:
             # resident programs walk a list whose length is known on the device alone
             programs = min(rows * segments, multiprocessors(device) * settings.resident)
         else:
             # the hardware hands out the rows
-            programs = rows * (segments if rows < few else 1)
+            programs = rows + split * (segments - 1)
         self._kernel = Repeated(
             row_stats_kernel,
             programs,
-            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0),
+            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, tail, outer if sequences else 0),
             (transform.factor, transform.squeeze or 0.0),
             _variant(
                 settings,
@@ -362,7 +478,7 @@ class Forward:
         active = None
         if self._listing is not None:
             active = list_active(mask, out, self._counters(), self._listing)
-        self.launch(logits, targets, bias, out, active)
+        self.launch(logits, targets, mask, bias, out, active)
         return out
 
     def empty_stats(self) -> RowStats:
@@ -374,6 +490,7 @@ class Forward:
         self,
         logits: torch.Tensor,
         targets: torch.Tensor,
+        mask: torch.Tensor | None,
         bias: torch.Tensor | None,
         out: RowStats,
         active: ActiveRows | None,
@@ -391,6 +508,7 @@ class Forward:
             logits,
             bias,
             targets,
+            mask if active is None else None,
             *out,
             None if active is None else active.rows,
             counters,
@@ -413,19 +531,22 @@ def _variant(
     device: torch.device,
 ) -> Variant:
     narrow = width * itemsize < 8
+    words = settings.words if narrow and itemsize == 2 else 0
+    width = 2 * words or width
     # what does not fit into the limit would spill
     crowded = itemsize == 8 or (narrow and (has_bias or softcap or sequences))
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
             "SOFTCAP": softcap,
-            "EVEN": vocab % width == 0,
+            "EVEN": words == 0 and vocab % width == 0,
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
             "SEGMENTS": settings.segments,
             "UNROLL": settings.unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
+            "WORDS": words,
             "STAGES": settings.stages,
             "SUM_BLOCK": min(BLOCK, 256 * settings.warps),
         },

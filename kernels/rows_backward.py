@@ -21,7 +21,7 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
-from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
+from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
@@ -39,7 +39,7 @@ def gradient_or_zero(gradient_ptr, row, ACC: tl.constexpr):
 @triton.jit
 def gradient_block(
     source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Read some elements of one row and write their gradient."""
     w = tl.load(source_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(peak.dtype)
@@ -52,10 +52,15 @@ def gradient_block(
     dw = tl.where(cols == target, at_target, dw)
     if SOFTCAP:
         dw *= (1.0 - w * w) * squeeze
-    tl.store(out_ptr, dw.to(out_ptr.dtype.element_ty), mask=inside)
+    dw = dw.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr, dw, mask=inside, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=["inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces"])
+@triton.jit(
+    do_not_specialize=[
+        "inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces", "length"
+    ]
+)  # fmt: skip
 def row_stats_backward_kernel(
     out_ptr,
     logits_ptr,
@@ -76,6 +81,7 @@ def row_stats_backward_kernel(
     out_outer,
     out_inner,
     pieces,
+    length,
     factor: tl.float64,
     squeeze: tl.float64,
     ACC: tl.constexpr,
@@ -83,8 +89,9 @@ def row_stats_backward_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """One program a piece of BLOCK elements of a row."""
+    """One program a piece of `length` elements of a row, a multiple of WIDTH and at most BLOCK."""
     k = tl.full([], factor, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
@@ -104,9 +111,10 @@ def row_stats_backward_kernel(
         phase = (row_start % WIDTH).to(tl.int32)
     source_ptr = logits_ptr + row_start // WIDTH * WIDTH
     gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
-    place = piece * BLOCK + tl.arange(0, BLOCK)
-    vector = place // WIDTH * WIDTH - phase
-    whole = (vector >= 0) & (vector + WIDTH <= vocab)
+    length = length // WIDTH * WIDTH
+    place = piece * length + tl.arange(0, BLOCK)
+    vector = place // WIDTH * WIDTH
+    whole = (vector >= phase) & (vector + WIDTH <= min(vocab + phase, piece * length + length))
     # the ends: the first vector and the last
     end_vector = tl.where(tl.arange(0, 2 * WIDTH) < WIDTH, 0, (vocab + phase) // WIDTH * WIDTH)
     end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
@@ -133,13 +141,13 @@ def row_stats_backward_kernel(
         offset = log_sum * LOG2E
         gradient_block(
             source_ptr + place, gradient_ptr + place, bias_ptr, place - phase, whole,
-            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, EVICTION,
         )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if piece == 0:
                 gradient_block(
                     source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - phase, in_end,
-                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, EVICTION,
                 )  # fmt: skip
     else:
         tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
@@ -178,12 +186,15 @@ def row_stats_backward(
     _, inner, vocab = logits.shape
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
-    pieces = ceil_div(vocab + width - 1, settings.block)
+    # a row's first vector may belong in part to the row before it
+    reach = vocab + width - 1
+    pieces = ceil_div(reach, settings.block)
+    length = ceil_div(ceil_div(reach, width), pieces) * width if settings.equal else settings.block
     launch(
         row_stats_backward_kernel,
         targets.numel() * pieces,
         (out, logits, bias, targets, mask, *stats, *gradients),
-        (inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces),
+        (inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces, length),
         (transform.factor, transform.squeeze or 0.0),
         _variant(
             settings,
@@ -191,14 +202,27 @@ def row_stats_backward(
             transform.softcap is not None,
             vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
             width,
+            bias is not None,
+            logits.device,
         ),
     )
 
 
 @cache
-def _variant(settings: BackwardSettings, dtype: torch.dtype, softcap: bool, even: bool, width: int) -> Variant:
+def _variant(
+    settings: BackwardSettings,
+    dtype: torch.dtype,
+    softcap: bool,
+    even: bool,
+    width: int,
+    has_bias: bool,
+    device: torch.device,
+) -> Variant:
     constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "BLOCK": settings.block, "WIDTH": width}
-    return Variant(constants, num_warps=settings.warps)
+    constants["EVICTION"] = settings.eviction
+    # what does not fit into the limit would spill
+    crowded = softcap or has_bias or dtype == torch.float64
+    return Variant(constants, num_warps=settings.warps, **registers(None if crowded else settings.registers, device))
 
 
 def common_width(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -20,6 +20,9 @@ class Settings(NamedTuple):
         resident: programs that a multiprocessor runs at once.
         split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
+        words: aligned words of 4 bytes that a lane takes in a row (1 or 4), where 16-bit rows start on any 2 bytes; 0:
+            loads of an element.
+        tail: rows a multiprocessor, the last ones of many, that programs share.
     """
 
     unroll: int
@@ -30,13 +33,26 @@ class Settings(NamedTuple):
     resident: int
     split: float
     registers: int | None = None
+    words: int = 0
+    tail: float = 0
 
 
 class BackwardSettings(NamedTuple):
-    """Elements of a row that a program of the backward takes, and its warps."""
+    """Launch parameters of the backward.
+
+    Attributes:
+        block: most elements of a row that a program takes.
+        warps: warps of a program.
+        equal: whether a row's pieces are equal, or all but the last as large as can be.
+        eviction: eviction policy of the stores.
+        registers: most registers of a thread.
+    """
 
     block: int
     warps: int
+    equal: bool = False
+    eviction: str = ""
+    registers: int | None = None
 
 
 # (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
@@ -88,7 +104,7 @@ def _forward_settings(vocab: int, narrow: bool) -> Settings:
 def backward_settings(itemsize: int) -> BackwardSettings:
     """The table's entry for logits of `itemsize` bytes."""
     settings = BACKWARD.get(gpu(), BACKWARD["sm90"])
-    return BackwardSettings(settings.block * 2 // itemsize, settings.warps)
+    return settings._replace(block=settings.block * 2 // itemsize)
 
 
 @cache

@@ -22,11 +22,11 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def small(segments=3, split=100):
+def small(segments=3, split=100, words=0, tail=0):
     """Settings with which a vocabulary of 100 has whole blocks, a tail and several segments."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(unroll=2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split)
+    return Settings(2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split, words=words, tail=tail)
 
 
 def reference(logits, targets, mask=None, bias=None, transform=None):
@@ -151,6 +151,71 @@ def test_a_list_of_several_blocks(share):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("words", [1, 4])
+@pytest.mark.parametrize(("vocab", "segments"), [(1, 1), (131, 3)])
+def test_rows_on_any_two_bytes_are_read_as_words(dtype, words, vocab, segments):
+    from entropy_fast.kernels.rows import row_stats
+    from entropy_fast.kernels.settings import vector_width
+
+    settings = small(segments, words=words)
+    # around every row lies what would show if it were part of it
+    base = torch.full((2, 3, vocab + 5), math.nan, dtype=dtype)
+    for start, count in ((2, vocab), (1, vocab), (3, 1 + vocab // 2)):
+        view = base[1:, :2, start : start + count]
+        view.copy_(3 * torch.randn(view.shape))
+        view[0, 0, : count // 2] = -math.inf
+        targets = torch.randint(count // 2, count, view.shape[:2])
+        got = row_stats(view, targets, None, None, _plain(), settings)
+        assert_close(got, reference(view, targets), 3e-6)
+        bias = torch.randn(count)
+        assert_close(
+            row_stats(view, targets, None, bias, _plain(), settings), reference(view, targets, None, bias), 3e-6
+        )
+        # the same bits wherever a row lies
+        for first in range(2):
+            moved = torch.full((2 * (count + 1) + 1,), math.nan, dtype=dtype)[first : first + 2 * (count + 1)]
+            moved = moved.view(1, 2, count + 1)[..., :count].copy_(view)
+            if vector_width(moved) * moved.element_size() < 8:
+                for a, b in zip(row_stats(moved, targets, None, None, _plain(), settings), got, strict=True):
+                    assert torch.equal(a, b)
+        base.fill_(math.nan)
+
+
+@interpreted
+def test_the_last_rows_of_many_are_shared():
+    from entropy_fast.kernels.rows import row_stats
+
+    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
+    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    whole = row_stats(logits, targets, None, None, _plain(), small(split=0))
+    for tail in (1, 3, 8, 9):
+        for a, b in zip(
+            row_stats(logits, targets, None, None, _plain(), small(split=0, tail=tail)), whole, strict=True
+        ):
+            assert torch.equal(a, b)
+        for a, b in zip(
+            row_stats(logits, targets, mask, None, _plain(), small(split=0, tail=tail)), whole, strict=True
+        ):
+            assert torch.equal(a, torch.where(mask, b, 0.0))
+
+
+@interpreted
+def test_masked_rows_of_one_segment_need_no_list():
+    from entropy_fast.kernels.rows import row_stats
+
+    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
+    whole = row_stats(logits, targets, None, None, _plain(), small(1))
+    for mask in (torch.rand(2, 4) < 0.5, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)):
+        dirty, nowhere = logits.clone(), targets.clone()
+        dirty[~mask], nowhere[~mask] = math.nan, -100
+        for for_backward in (True, False):
+            out = row_stats(dirty, nowhere, mask, None, _plain(), small(1), for_backward)
+            for a, b in zip(out, whole, strict=True):
+                assert a is None or torch.equal(a, torch.where(mask, b, 0.0))
+
+
+@interpreted
 def test_strides():
     from entropy_fast.kernels.rows import row_stats
 
@@ -171,7 +236,7 @@ def test_backward_matches_float64(dtype, options, vocab):
     from entropy_fast.reference import rows
     from entropy_fast.reference.transform import Transform
 
-    transform, block = Transform(*options), BackwardSettings(32, 1)
+    transform = Transform(*options)
     logits, targets = (3 * torch.randn(2, 3, vocab)).to(dtype), torch.randint(vocab, (2, 3))
     mask = torch.tensor([[True, True, False], [True, False, True]])
     bias = torch.randn(vocab)
@@ -183,12 +248,14 @@ def test_backward_matches_float64(dtype, options, vocab):
     expected = torch.empty_like(x)
     rows.row_stats_backward(x, targets.view(-1), mask.view(-1), bias.double(), transform, exact, wide, expected, None)
     out = torch.full_like(logits, math.nan)
-    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, out, block)
+    row_stats_backward(
+        logits, targets, mask, bias, transform, stats, gradients, out, BackwardSettings(32, 1, equal=True)
+    )
     # the interpreter cuts float32 down to bf16 where a GPU rounds: up to a whole unit in the last of 8 bits
     bound = {torch.bfloat16: 2.0**-7, torch.float32: 1e-6, torch.float64: 1e-7 if transform.softcap else 1e-13}[dtype]
     assert (out.double().view(6, vocab) - expected).norm() <= bound * expected.norm()
     assert not out[~mask].any()
-    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, logits, block)
+    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, logits, BackwardSettings(32, 1))
     assert torch.equal(logits, out)
 
 
@@ -252,9 +319,9 @@ COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "tail", "sequences")
 SCALARS = dict.fromkeys(
-    (*SCALARS, "out_outer", "out_inner", "pieces", "positions", "counters", "columns", "eos_count"), "i32"
+    (*SCALARS, "out_outer", "out_inner", "pieces", "length", "positions", "counters", "columns", "eos_count"), "i32"
 )
 SCALARS |= {"factor": "fp64", "squeeze": "fp64"}
 TYPES = {"targets_ptr": "*i64", "tokens_ptr": "*i64", "prompt_lens_ptr": "*i64", "eos_ptr": "*i64"}
@@ -283,7 +350,7 @@ def _compile(kernel, logits_type, constants, target, **options):
     return triton.compile(source, target=GPUTarget(backend, arch, 64 if backend == "hip" else 32), options=options)
 
 
-def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True):
+def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True, settings=None):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
     from entropy_fast.kernels.settings import forward_settings
@@ -292,14 +359,14 @@ def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=Fa
     dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*fp64": torch.float64}[logits_type]
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
-    settings = forward_settings(rows)
+    settings = settings or forward_settings(rows)
     arithmetic = torch.float64 if itemsize == 8 else torch.float32
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
     flags = (bias, softcap, sequences, True)
     variant = _variant(settings, arithmetic, itemsize, width, odd, *flags, torch.device("cuda"))
-    absent = [] if bias else ["bias_ptr"]
+    absent = ["mask_ptr"] if bias else ["mask_ptr", "bias_ptr"]
     absent += [] if settings.segments > 1 else ["partials_ptr"]
     if not sequences:
         absent += ["active_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
@@ -329,6 +396,25 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
 
 
 @compiles
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
+@pytest.mark.parametrize("words", [1, 4])
+def test_words_are_copied_to_shared_memory_without_spills(target, words, tmp_path):
+    from entropy_fast.kernels.rows import row_stats_kernel
+    from entropy_fast.kernels.settings import Settings
+
+    settings = Settings(2, 128, 4, 4, 4, 8, 1.0, 64, words)
+    variant, constants = _forward_variant("*bf16", 50256, aligned=False, settings=settings)
+    options = {k: v for k, v in variant.options.items() if k != "maxnreg" or target[0] == "cuda"}
+    compiled = _compile(row_stats_kernel, "*bf16", constants, target, **options)
+    if target[0] == "cuda":
+        # a copy of 4 bytes for each word of a lane and one for the next, in the loop and ahead of it
+        copies = re.findall(r"cp\.async\.ca[\w.:]* .*, 0x4,", compiled.asm["ptx"])
+        assert len(copies) == 4 * constants["UNROLL"] * (words + 1)
+    if target == ("cuda", 90):
+        assert stack_bytes(compiled, tmp_path) <= 8
+
+
+@compiles
 @pytest.mark.parametrize(("target", "logits_type", "everything"), COMPILATIONS)
 def test_backward_compiles_without_spills(target, logits_type, everything, tmp_path):
     from entropy_fast.kernels.rows_backward import row_stats_backward_kernel
@@ -338,6 +424,7 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
     settings = backward_settings(bits // 8)
     constants = {"ACC": tl.float64 if bits == 64 else tl.float32, "SOFTCAP": everything, "EVEN": not everything}
     constants |= {"BLOCK": settings.block, "WIDTH": 128 // bits}
+    constants["EVICTION"] = settings.eviction
     if not everything:
         constants |= dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
     compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, num_warps=settings.warps)
