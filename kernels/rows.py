@@ -91,15 +91,15 @@ def two_elements(low, high, phase, element: tl.constexpr):
 
 @triton.jit
 def load_words(
-    words_ptr, phase, left, element: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr
+    words_ptr, phase, left, element: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """16-bit elements [UNROLL, LANES, 2 WORDS] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`.
+    """16-bit elements [BLOCK] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`.
 
     An element pair may lie across two words. The second is loaded at `phase` words after the first, so where the row
     starts on 4 bytes it is the same one, and no word is read that holds nothing of the row; words of memory begin and
-    end where allocations do. Loads are of one dimension: of two, the shared memory behind them would conflict.
+    end where allocations do.
     """
-    word = tl.arange(0, UNROLL * LANES) * WORDS
+    word = tl.arange(0, BLOCK // (2 * WORDS)) * WORDS
     a = load_word(words_ptr, word, 0, phase, left)
     last = load_word(words_ptr, word, WORDS - 1 + phase, phase, left)
     if WORDS == 1:
@@ -114,26 +114,27 @@ def load_words(
         e6, e7 = two_elements(d, last, phase, element)
         even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
         odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
-    return tl.reshape(tl.join(even, odd), [UNROLL, LANES, 2 * WORDS])
+    return tl.reshape(tl.join(even, odd), [BLOCK])
 
 
 @triton.jit
 def load_block(
-    row_ptr, words_ptr, phase, start, left, UNROLL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    WORDS: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, words_ptr, phase, start, left, BLOCK: tl.constexpr, WORDS: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Elements [UNROLL, LANES, WIDTH] of a row from `start` on; where `left` is not None, only so many are read."""
+    """Elements [BLOCK] of a row from `start` on; where `left` is not None, only so many are read.
+
+    Of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three; and of more,
+    the shared memory behind words would conflict.
+    """
     if WORDS > 0:
-        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, UNROLL, LANES, WORDS)
+        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, BLOCK, WORDS)
     else:
-        # of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three
-        place = tl.arange(0, UNROLL * LANES * WIDTH)
+        place = tl.arange(0, BLOCK)
         if left is None:
             w = tl.load(row_ptr + start + place, eviction_policy="evict_first")
         else:
             w = tl.load(row_ptr + start + place, mask=place < left, other=0.0, eviction_policy="evict_first")
-        w = tl.reshape(w.to(ACC), [UNROLL, LANES, WIDTH])
-    return w
+    return w.to(ACC)
 
 
 @triton.jit(
@@ -191,11 +192,7 @@ def row_stats_kernel(
         stride_inner = stride_inner // WIDTH * WIDTH
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
-    block_cols = (
-        tl.arange(0, UNROLL)[:, None, None] * (LANES * WIDTH)
-        + tl.arange(0, LANES)[None, :, None] * WIDTH
-        + tl.arange(0, WIDTH)[None, None, :]
-    )
+    place = tl.arange(0, BLOCK)
     whole_blocks = vocab // BLOCK
     per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
     if active_ptr is not None:
@@ -241,9 +238,9 @@ def row_stats_kernel(
         to_merge = per_segment
         for block in tl.range(first, last, num_stages=STAGES):
             start = block * BLOCK
-            w = load_block(row_ptr, words_ptr, phase, start, None, UNROLL, LANES, WIDTH, WORDS, ACC)
-            w = after_bias_and_softcap(w, bias_ptr, start, block_cols, None, squeeze, SOFTCAP)
-            m, s, r, e = absorb(w, m, s, r, e, alpha)
+            w = load_block(row_ptr, words_ptr, phase, start, None, BLOCK, WORDS, ACC)
+            w = after_bias_and_softcap(w, bias_ptr, start, place, None, squeeze, SOFTCAP)
+            m, s, r, e = absorb(tl.reshape(w, [UNROLL, LANES, WIDTH]), m, s, r, e, alpha)
             if SEGMENTS > 1:
                 to_merge -= 1
                 if to_merge == 0:
@@ -254,10 +251,11 @@ def row_stats_kernel(
         if holds_tail & (whole_blocks * BLOCK < vocab):
             start = whole_blocks * BLOCK
             left = vocab - start
-            inside = block_cols < left
-            w = load_block(row_ptr, words_ptr, phase, start, left, UNROLL, LANES, WIDTH, WORDS, ACC)
-            w = after_bias_and_softcap(w, bias_ptr, start, block_cols, inside, squeeze, SOFTCAP)
-            m, s, r, e = absorb(tl.where(inside, w, -float("inf")), m, s, r, e, alpha)
+            inside = place < left
+            w = load_block(row_ptr, words_ptr, phase, start, left, BLOCK, WORDS, ACC)
+            w = after_bias_and_softcap(w, bias_ptr, start, place, inside, squeeze, SOFTCAP)
+            w = tl.where(inside, w, -float("inf"))
+            m, s, r, e = absorb(tl.reshape(w, [UNROLL, LANES, WIDTH]), m, s, r, e, alpha)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
 
         known = (target >= 0) & (target < vocab)

@@ -206,6 +206,30 @@ def test_bits_do_not_depend_on_the_batch(device, vocab, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_where_a_row_starts(device, dtype):
+    logits, targets = problem(5, 5003, dtype=dtype, device=device)
+    expected = ef.token_stats(logits, targets, return_lse=True)
+    base = torch.full((5 * 5003 + 2,), math.nan, dtype=dtype, device=device)
+    moved = base[1:-1].view(5, 5003).copy_(logits)
+    out = ef.token_stats(moved, targets, return_lse=True)
+    assert_close(out, oracle(logits, targets), tolerance(torch.float32))
+    for a, b in zip(out, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_last_of_many_rows_are_as_alone(device):
+    # a GPU shares them out among programs, where rows are long
+    vocab, rows = (70000, 1000) if device == "cuda" else (700, 10)
+    logits, targets = problem(5, vocab, dtype=torch.bfloat16, device=device)
+    few = ef.token_stats(logits, targets, return_lse=True)
+    many = ef.token_stats(logits.repeat(rows // 5, 1), targets.repeat(rows // 5), return_lse=True)
+    for a, b in zip(few, many, strict=True):
+        assert torch.equal(a.repeat(rows // 5), b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_any_strides(device):
     base, _ = problem(3, 9, 200, device=device)
     wide = torch.randn(4, 6, 260, device=device)
