@@ -4,8 +4,7 @@
 
 For each class of the table (see `FORWARD` there) the candidates are timed on one shape of it, beside the read floor;
 the line to put into the table is the last one printed for its class. Segments belong to the result's bits: candidates
-of a class keep its number of segments. Whether few rows should share programs is measured at 64 and 128 rows, and how
-many of the last rows of many at 256 and 1024.
+of a class keep its number of segments. Whether few rows should share programs is measured at 64 and 128 rows.
 """
 
 from __future__ import annotations
@@ -37,13 +36,12 @@ VOCABULARIES = (1024, 50257, 32000, 128256)
 def candidates(segments: int, narrow: bool, vocab: int) -> list[Settings]:
     """Shapes worth trying: 32 to 512 threads, one or two loads a step, each at the residency that its threads allow."""
     found = []
-    steps = product((1, 3, 4, 6), (1, 4)) if narrow else product((3, 4, 6), (0,))
-    for (stages, words), unroll, warps in product(steps, (1, 2), (2, 4, 8) if narrow else (1, 2, 4, 8, 16)):
+    for unroll, warps, stages in product((1, 2), (1, 2, 4, 8, 16), (1,) if narrow else (3, 4, 6)):
         lanes = 32 * warps
         if unroll * lanes * 8 > max(vocab, 512):
             continue
         resident = 32 // warps
-        found += [Settings(unroll, lanes, warps, stages, segments, resident, 0, r, words) for r in (None, 64, 80)]
+        found += [Settings(unroll, lanes, warps, stages, segments, resident, 0, r) for r in (None, 64, 80)]
     return found
 
 
@@ -64,21 +62,15 @@ def tune_forward(rows: int, vocab: int) -> None:
         print(f"  {tuple(settings)}: {times[settings]:.4f} ms, {floor / times[settings]:.3f} of the read rate")
     best = min(times, key=times.__getitem__)
     print(f"vocabulary {vocab}: {best!r}, {floor / times[best]:.3f}; the table's: {floor / times[now]:.3f}")
-    if best.segments == 1:
-        return
-    for few in (64, 128):
-        shared, whole = (few_rows(logits, targets, few, best._replace(split=split)) for split in (100, 0))
-        print(f"  {few} rows: {shared:.4f} ms with programs sharing rows, {whole:.4f} without")
-    for few in (256, 1024):
-        times = [(tail, few_rows(logits, targets, few, best._replace(tail=tail))) for tail in (0, 0.5, 1, 2, 4)]
-        print(f"  {few} rows, by the last rows a multiprocessor that are shared: ", end="")
-        print(", ".join(f"{tail}: {ms:.4f} ms" for tail, ms in times))
+    for few in (64, 128) if best.segments > 1 else ():
+        print(f"  {few} rows: {few_rows(logits, targets, few, best, 100):.4f} ms with programs sharing rows, ", end="")
+        print(f"{few_rows(logits, targets, few, best, 0):.4f} without")
 
 
-def few_rows(logits: torch.Tensor, targets: torch.Tensor, few: int, settings: Settings) -> float:
+def few_rows(logits: torch.Tensor, targets: torch.Tensor, few: int, settings: Settings, split: float) -> float:
     """Time of the first `few` rows."""
     x, y = logits[:, :few], targets[:, :few].contiguous()
-    return median_ms(lambda: row_stats(x, y, None, None, Transform(), settings))
+    return median_ms(lambda: row_stats(x, y, None, None, Transform(), settings._replace(split=split)))
 
 
 def tune_backward(rows: int, vocab: int) -> None:
@@ -88,8 +80,8 @@ def tune_backward(rows: int, vocab: int) -> None:
     stats = row_stats(logits, targets, None, None, Transform())
     gradients = RowGradients(torch.ones_like(stats.logprob), torch.ones_like(stats.logprob), None)
     out = torch.empty_like(logits)
-    for block, warps, equal in product((1024, 2048, 4096, 8192), (4, 8), (False, True)):
-        settings = BackwardSettings(block, warps, equal)
+    for block, warps in product((1024, 2048, 4096, 8192), (4, 8)):
+        settings = BackwardSettings(block, warps)
         ms = median_ms(
             lambda s=settings: row_stats_backward(logits, targets, None, None, Transform(), stats, gradients, out, s),
             15,

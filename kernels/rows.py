@@ -10,11 +10,11 @@ Bytes: the active rows once, and 16 bytes out per row.
 Each of LANES lanes keeps its own running sums over UNROLL × WIDTH elements a step, so the loop has no exchange between
 threads, one exp2 an element and 16-byte loads; lanes merge once per segment. A row is cut into segments by its
 vocabulary alone, and segments merge in order: in the one program that holds the row or, when rows are too few to fill
-the device and for the last rows of many, in the last to finish of the programs that hold a segment each. Both are the
-same compiled code, so a row's bits depend neither on the number of rows nor on its place.
+the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
+bits depend neither on the number of rows nor on its place.
 
 16-bit rows that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (`load_words`):
-loads of 2 bytes cannot be copied to shared memory in the background, and each would hold a register while in flight.
+each element that is loaded by itself would hold a register while in flight.
 """
 
 from __future__ import annotations
@@ -90,30 +90,25 @@ def two_elements(low, high, phase, element: tl.constexpr):
 
 
 @triton.jit
-def load_words(
-    words_ptr, phase, left, element: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr
-):  # fmt: skip
-    """16-bit elements [BLOCK] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`.
+def load_words(words_ptr, phase, left, element: tl.constexpr, BLOCK: tl.constexpr):
+    """16-bit elements [BLOCK] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`; a lane takes eight.
 
-    An element pair may lie across two words. The second is loaded at `phase` words after the first, so where the row
-    starts on 4 bytes it is the same one, and no word is read that holds nothing of the row; words of memory begin and
-    end where allocations do.
+    Pairs of elements may lie across two words. The fifth word is loaded at `phase` words after the fourth, so where the
+    row starts on 4 bytes it is the same one, and no word is read that holds nothing of the row; words of memory begin
+    and end where allocations do.
     """
-    word = tl.arange(0, BLOCK // (2 * WORDS)) * WORDS
+    word = tl.arange(0, BLOCK // 8) * 4
     a = load_word(words_ptr, word, 0, phase, left)
-    last = load_word(words_ptr, word, WORDS - 1 + phase, phase, left)
-    if WORDS == 1:
-        even, odd = two_elements(a, last, phase, element)
-    else:
-        b = load_word(words_ptr, word, 1, phase, left)
-        c = load_word(words_ptr, word, 2, phase, left)
-        d = load_word(words_ptr, word, 3, phase, left)
-        e0, e1 = two_elements(a, b, phase, element)
-        e2, e3 = two_elements(b, c, phase, element)
-        e4, e5 = two_elements(c, d, phase, element)
-        e6, e7 = two_elements(d, last, phase, element)
-        even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
-        odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
+    b = load_word(words_ptr, word, 1, phase, left)
+    c = load_word(words_ptr, word, 2, phase, left)
+    d = load_word(words_ptr, word, 3, phase, left)
+    last = load_word(words_ptr, word, 3 + phase, phase, left)
+    e0, e1 = two_elements(a, b, phase, element)
+    e2, e3 = two_elements(b, c, phase, element)
+    e4, e5 = two_elements(c, d, phase, element)
+    e6, e7 = two_elements(d, last, phase, element)
+    even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
+    odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
     return tl.reshape(tl.join(even, odd), [BLOCK])
 
 
@@ -123,11 +118,10 @@ def load_block(
 ):  # fmt: skip
     """Elements [BLOCK] of a row from `start` on; where `left` is not None, only so many are read.
 
-    Of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three; and of more,
-    the shared memory behind words would conflict.
+    Of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three.
     """
-    if WORDS > 0:
-        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, BLOCK, WORDS)
+    if WORDS:
+        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, BLOCK)
     else:
         place = tl.arange(0, BLOCK)
         if left is None:
@@ -137,9 +131,7 @@ def load_block(
     return w.to(ACC)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "tail", "sequences"]
-)
+@triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
 def row_stats_kernel(
     logits_ptr,
     bias_ptr,
@@ -161,7 +153,6 @@ def row_stats_kernel(
     stride_outer,
     stride_inner,
     split_below,
-    tail,
     sequences,
     factor: tl.float64,
     squeeze: tl.float64,
@@ -178,7 +169,7 @@ def row_stats_kernel(
     STAGES: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
-    """One program a row, or a segment of a row where rows are few and in the last `tail` rows.
+    """One program a row, or a segment of a row where rows are few.
 
     With a list, whoever is free takes the next row; with a mask, a program whose row is masked ends at once.
     """
@@ -186,7 +177,7 @@ def row_stats_kernel(
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
-    if WORDS == 0:
+    if not WORDS:
         # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
         stride_outer = stride_outer // WIDTH * WIDTH
         stride_inner = stride_inner // WIDTH * WIDTH
@@ -197,10 +188,8 @@ def row_stats_kernel(
     per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
     if active_ptr is not None:
         rows = tl.load(counters_ptr)
-    # first the rows that a program takes whole, then the segments of those that programs share
-    split = tl.where(rows < split_below, rows, tail)
-    whole = rows - split
-    units = whole + split * SEGMENTS
+    parts = tl.where(rows < split_below, SEGMENTS, 1)
+    units = rows * parts
     unit = tl.program_id(0)
     if mask_ptr is not None:
         is_active = tl.load(mask_ptr + unit) != 0
@@ -211,10 +200,8 @@ def row_stats_kernel(
             tl.store(log_sum_ptr + unit, 0.0, mask=is_active == 0)
         units = tl.where(is_active, units, 0)
     while unit < units:
-        slot = (unit - whole) // SEGMENTS
-        part = tl.where(unit < whole, 0, (unit - whole) % SEGMENTS)
-        parts = tl.where(unit < whole, 1, SEGMENTS)
-        index = tl.where(unit < whole, unit, whole + slot)
+        index = unit // parts
+        part = unit % parts
         row = index
         if active_ptr is not None:
             row = tl.load(active_ptr + index)
@@ -225,7 +212,7 @@ def row_stats_kernel(
         row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
         words_ptr = None
         phase = 0
-        if WORDS > 0:
+        if WORDS:
             address = row_ptr.to(tl.int64)
             phase = (address % 4 // 2).to(tl.int32)
             words_ptr = (address // 4 * 4).to(tl.pointer_type(tl.int32))
@@ -264,14 +251,14 @@ def row_stats_kernel(
         complete = parts == 1
         if SEGMENTS > 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if parts > 1:
-                partial_ptr = partials_ptr + slot * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
+                partial_ptr = partials_ptr + index * (4 * SEGMENTS * LANES) + tl.arange(0, LANES)
                 own_ptr = partial_ptr + part * (4 * LANES)
                 tl.store(own_ptr, m_row)
                 tl.store(own_ptr + LANES, s_row)
                 tl.store(own_ptr + 2 * LANES, r_row)
                 tl.store(own_ptr + 3 * LANES, e_row)
                 tl.debug_barrier()
-                complete = tl.atomic_add(counters_ptr + 2 + slot, 1, sem="acq_rel") == parts - 1
+                complete = tl.atomic_add(counters_ptr + 2 + index, 1, sem="acq_rel") == parts - 1
                 if complete:
                     m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
                     for segment in range(SEGMENTS):
@@ -384,12 +371,6 @@ def split_below(settings: Settings, device: torch.device) -> int:
     return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
 
 
-@cache
-def tail_rows(settings: Settings, device: torch.device) -> int:
-    """So many of the last rows of many are shared by programs, so that the last programs end together."""
-    return int(multiprocessors(device) * settings.tail) if settings.segments > 1 else 0
-
-
 def counter_count(settings: Settings, device: torch.device) -> int:
     """Counters of a launch: active rows, the next row to take, arrivals at each row that is split.
 
@@ -426,12 +407,11 @@ class Forward:
         outer, inner, vocab = logits.shape
         few = split_below(settings, device)
         self._segments = segments = settings.segments
-        # a program of a masked row would come and go while others still read; a list keeps all of them busy
+        # where rows may be shared, how depends on the number of active ones, which a list counts
         listed = sequences or (mask is not None and segments > 1)
-        tail = 0 if listed else min(rows, tail_rows(settings, device))
         # rows that programs share; with a list at most so many
-        split = min(rows, few) if listed or rows < few else tail
-        counters = counter_count(settings, device) if listed else 2 + split
+        split = min(rows, few) if listed or rows < few else 0
+        counters = counter_count(settings, device)
         self._counters = empties((counters,), torch.int32, device)
         self._listing = list_launch(rows, counters) if listed and not sequences else None
         self._partials = None
@@ -446,7 +426,7 @@ class Forward:
         self._kernel = Repeated(
             row_stats_kernel,
             programs,
-            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, tail, outer if sequences else 0),
+            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0),
             (transform.factor, transform.squeeze or 0.0),
             _variant(
                 settings,
@@ -529,15 +509,15 @@ def _variant(
     device: torch.device,
 ) -> Variant:
     narrow = width * itemsize < 8
-    words = settings.words if narrow and itemsize == 2 else 0
-    width = 2 * words or width
+    words = settings.words and narrow and itemsize == 2
+    width = 8 if words else width
     # what does not fit into the limit would spill
     crowded = itemsize == 8 or (narrow and (has_bias or softcap or sequences))
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
             "SOFTCAP": softcap,
-            "EVEN": words == 0 and vocab % width == 0,
+            "EVEN": not words and vocab % width == 0,
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
             "SEGMENTS": settings.segments,

@@ -21,25 +21,25 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
-from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
+from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
 
 @triton.jit
-def gradient_or_zero(gradient_ptr, row, ACC: tl.constexpr):
-    """The incoming gradient of a row; None is 0."""
+def gradient_or_zero(gradient_ptr, place, ACC: tl.constexpr):
+    """The incoming gradient at a place; None is 0."""
     if gradient_ptr is None:  # noqa: SIM108 (the other branch does not compile)
         gradient = tl.full([], 0.0, ACC)
     else:
-        gradient = tl.load(gradient_ptr + row).to(ACC)
+        gradient = tl.load(gradient_ptr + place).to(ACC)
     return gradient
 
 
 @triton.jit
 def gradient_block(
     source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
-    SOFTCAP: tl.constexpr, EVICTION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Read some elements of one row and write their gradient."""
     w = tl.load(source_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(peak.dtype)
@@ -52,15 +52,15 @@ def gradient_block(
     dw = tl.where(cols == target, at_target, dw)
     if SOFTCAP:
         dw *= (1.0 - w * w) * squeeze
-    dw = dw.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr, dw, mask=inside, eviction_policy=EVICTION)
+    tl.store(out_ptr, dw.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=[
-        "inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces", "length"
+        *("inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces"),
+        *("step_logprob", "step_entropy", "step_lse"),
     ]
-)  # fmt: skip
+)
 def row_stats_backward_kernel(
     out_ptr,
     logits_ptr,
@@ -81,7 +81,9 @@ def row_stats_backward_kernel(
     out_outer,
     out_inner,
     pieces,
-    length,
+    step_logprob,
+    step_entropy,
+    step_lse,
     factor: tl.float64,
     squeeze: tl.float64,
     ACC: tl.constexpr,
@@ -89,9 +91,8 @@ def row_stats_backward_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
-    """One program a piece of `length` elements of a row, a multiple of WIDTH and at most BLOCK."""
+    """One program a piece of BLOCK elements of a row."""
     k = tl.full([], factor, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
@@ -111,10 +112,9 @@ def row_stats_backward_kernel(
         phase = (row_start % WIDTH).to(tl.int32)
     source_ptr = logits_ptr + row_start // WIDTH * WIDTH
     gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
-    length = length // WIDTH * WIDTH
-    place = piece * length + tl.arange(0, BLOCK)
+    place = piece * BLOCK + tl.arange(0, BLOCK)
     vector = place // WIDTH * WIDTH
-    whole = (vector >= phase) & (vector + WIDTH <= min(vocab + phase, piece * length + length))
+    whole = (vector >= phase) & (vector + WIDTH <= vocab + phase)
     # the ends: the first vector and the last
     end_vector = tl.where(tl.arange(0, 2 * WIDTH) < WIDTH, 0, (vocab + phase) // WIDTH * WIDTH)
     end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
@@ -131,9 +131,9 @@ def row_stats_backward_kernel(
         entropy = tl.load(entropy_ptr + row)
         peak = tl.load(peak_ptr + row)
         log_sum = tl.load(log_sum_ptr + row)
-        g = gradient_or_zero(grad_logprob_ptr, row, ACC)
-        g_entropy = gradient_or_zero(grad_entropy_ptr, row, ACC)
-        g_lse = gradient_or_zero(grad_lse_ptr, row, ACC)
+        g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, ACC)
+        g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, ACC)
+        g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, ACC)
         b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
         b1 = -k * k * g_entropy
         pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
@@ -141,13 +141,13 @@ def row_stats_backward_kernel(
         offset = log_sum * LOG2E
         gradient_block(
             source_ptr + place, gradient_ptr + place, bias_ptr, place - phase, whole,
-            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, EVICTION,
+            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
         )  # fmt: skip
         if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if piece == 0:
                 gradient_block(
                     source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - phase, in_end,
-                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, EVICTION,
+                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
                 )  # fmt: skip
     else:
         tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
@@ -172,12 +172,12 @@ def row_stats_backward(
 
     Args:
         logits: (outer, inner, vocab), the last dimension contiguous, any other strides.
-        targets: (outer, inner), contiguous, and so are all of `stats` and `gradients`.
+        targets: (outer, inner), contiguous, and so are all of `stats`.
         mask: (outer, inner), bool, contiguous, or None.
         bias: (vocab,), contiguous, or None.
         transform: as in the forward.
         stats: what the forward returned.
-        gradients: incoming; None is 0.
+        gradients: incoming, contiguous or one number expanded; None is 0.
         out: (outer, inner, vocab), in the logits' dtype; may be `logits`.
         settings: launch settings; from the table by default.
     """
@@ -186,15 +186,15 @@ def row_stats_backward(
     _, inner, vocab = logits.shape
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
-    # a row's first vector may belong in part to the row before it
-    reach = vocab + width - 1
-    pieces = ceil_div(reach, settings.block)
-    length = ceil_div(ceil_div(reach, width), pieces) * width if settings.equal else settings.block
+    pieces = ceil_div(vocab + width - 1, settings.block)
     launch(
         row_stats_backward_kernel,
         targets.numel() * pieces,
         (out, logits, bias, targets, mask, *stats, *gradients),
-        (inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces, length),
+        (
+            *(inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces),
+            *(0 if g is None or is_expanded(g) else 1 for g in gradients),
+        ),
         (transform.factor, transform.squeeze or 0.0),
         _variant(
             settings,
@@ -202,27 +202,19 @@ def row_stats_backward(
             transform.softcap is not None,
             vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
             width,
-            bias is not None,
-            logits.device,
         ),
     )
 
 
 @cache
-def _variant(
-    settings: BackwardSettings,
-    dtype: torch.dtype,
-    softcap: bool,
-    even: bool,
-    width: int,
-    has_bias: bool,
-    device: torch.device,
-) -> Variant:
+def _variant(settings: BackwardSettings, dtype: torch.dtype, softcap: bool, even: bool, width: int) -> Variant:
     constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "BLOCK": settings.block, "WIDTH": width}
-    constants["EVICTION"] = settings.eviction
-    # what does not fit into the limit would spill
-    crowded = softcap or has_bias or dtype == torch.float64
-    return Variant(constants, num_warps=settings.warps, **registers(None if crowded else settings.registers, device))
+    return Variant(constants, num_warps=settings.warps)
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether it is one number seen many times, which is what a sum gives back."""
+    return not any(tensor.stride())
 
 
 def common_width(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -20,9 +20,7 @@ class Settings(NamedTuple):
         resident: programs that a multiprocessor runs at once.
         split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
-        words: aligned words of 4 bytes that a lane takes in a row (1 or 4), where 16-bit rows start on any 2 bytes; 0:
-            loads of an element.
-        tail: rows a multiprocessor, the last ones of many, that programs share.
+        words: whether 16-bit rows that may start on any 2 bytes are read as aligned words.
     """
 
     unroll: int
@@ -33,26 +31,14 @@ class Settings(NamedTuple):
     resident: int
     split: float
     registers: int | None = None
-    words: int = 0
-    tail: float = 0
+    words: bool = False
 
 
 class BackwardSettings(NamedTuple):
-    """Launch parameters of the backward.
-
-    Attributes:
-        block: most elements of a row that a program takes.
-        warps: warps of a program.
-        equal: whether a row's pieces are equal, or all but the last as large as can be.
-        eviction: eviction policy of the stores.
-        registers: most registers of a thread.
-    """
+    """Elements of a row that a program of the backward takes, and its warps."""
 
     block: int
     warps: int
-    equal: bool = False
-    eviction: str = ""
-    registers: int | None = None
 
 
 # (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
@@ -60,7 +46,7 @@ class BackwardSettings(NamedTuple):
 FORWARD = {
     "sm90": (
         (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
-        (2**31, True, Settings(2, 128, 4, 1, 4, 8, 1.0, 64)),
+        (2**31, True, Settings(2, 128, 4, 1, 4, 8, 1.0, 64, True)),
         (65536, False, Settings(1, 128, 4, 6, 1, 32, 0)),
         (2**31, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
     )

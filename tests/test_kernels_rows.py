@@ -22,11 +22,11 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def small(segments=3, split=100, words=0, tail=0):
+def small(segments=3, split=100, words=False):
     """Settings with which a vocabulary of 100 has whole blocks, a tail and several segments."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split, words=words, tail=tail)
+    return Settings(2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split, words=words)
 
 
 def reference(logits, targets, mask=None, bias=None, transform=None):
@@ -152,13 +152,12 @@ def test_a_list_of_several_blocks(share):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("words", [1, 4])
 @pytest.mark.parametrize(("vocab", "segments"), [(1, 1), (131, 3)])
-def test_rows_on_any_two_bytes_are_read_as_words(dtype, words, vocab, segments):
+def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segments):
     from entropy_fast.kernels.rows import row_stats
     from entropy_fast.kernels.settings import vector_width
 
-    settings = small(segments, words=words)
+    settings = small(segments, words=True)
     # around every row lies what would show if it were part of it
     base = torch.full((2, 3, vocab + 5), math.nan, dtype=dtype)
     for start, count in ((2, vocab), (1, vocab), (3, 1 + vocab // 2)):
@@ -180,24 +179,6 @@ def test_rows_on_any_two_bytes_are_read_as_words(dtype, words, vocab, segments):
                 for a, b in zip(row_stats(moved, targets, None, None, _plain(), settings), got, strict=True):
                     assert torch.equal(a, b)
         base.fill_(math.nan)
-
-
-@interpreted
-def test_the_last_rows_of_many_are_shared():
-    from entropy_fast.kernels.rows import row_stats
-
-    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
-    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    whole = row_stats(logits, targets, None, None, _plain(), small(split=0))
-    for tail in (1, 3, 8, 9):
-        for a, b in zip(
-            row_stats(logits, targets, None, None, _plain(), small(split=0, tail=tail)), whole, strict=True
-        ):
-            assert torch.equal(a, b)
-        for a, b in zip(
-            row_stats(logits, targets, mask, None, _plain(), small(split=0, tail=tail)), whole, strict=True
-        ):
-            assert torch.equal(a, torch.where(mask, b, 0.0))
 
 
 @interpreted
@@ -248,13 +229,18 @@ def test_backward_matches_float64(dtype, options, vocab):
     expected = torch.empty_like(x)
     rows.row_stats_backward(x, targets.view(-1), mask.view(-1), bias.double(), transform, exact, wide, expected, None)
     out = torch.full_like(logits, math.nan)
-    row_stats_backward(
-        logits, targets, mask, bias, transform, stats, gradients, out, BackwardSettings(32, 1, equal=True)
-    )
+    row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, out, BackwardSettings(32, 1))
     # the interpreter cuts float32 down to bf16 where a GPU rounds: up to a whole unit in the last of 8 bits
     bound = {torch.bfloat16: 2.0**-7, torch.float32: 1e-6, torch.float64: 1e-7 if transform.softcap else 1e-13}[dtype]
     assert (out.double().view(6, vocab) - expected).norm() <= bound * expected.norm()
     assert not out[~mask].any()
+    # a sum's gradient is one number, expanded
+    expanded = rows.RowGradients(*(g[0, 0].expand(2, 3) for g in gradients))
+    contiguous = rows.RowGradients(*(g.contiguous() for g in expanded))
+    one, other = torch.empty_like(logits), torch.empty_like(logits)
+    for into, incoming in ((one, expanded), (other, contiguous)):
+        row_stats_backward(logits, targets, mask, bias, transform, stats, incoming, into, BackwardSettings(32, 1))
+    assert torch.equal(one, other)
     row_stats_backward(logits, targets, mask, bias, transform, stats, gradients, logits, BackwardSettings(32, 1))
     assert torch.equal(logits, out)
 
@@ -319,9 +305,22 @@ COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "tail", "sequences")
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
 SCALARS = dict.fromkeys(
-    (*SCALARS, "out_outer", "out_inner", "pieces", "length", "positions", "counters", "columns", "eos_count"), "i32"
+    (
+        *SCALARS,
+        "out_outer",
+        "out_inner",
+        "pieces",
+        "step_logprob",
+        "step_entropy",
+        "step_lse",
+        "positions",
+        "counters",
+        "columns",
+        "eos_count",
+    ),
+    "i32",
 )
 SCALARS |= {"factor": "fp64", "squeeze": "fp64"}
 TYPES = {"targets_ptr": "*i64", "tokens_ptr": "*i64", "prompt_lens_ptr": "*i64", "eos_ptr": "*i64"}
@@ -396,25 +395,6 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
 
 
 @compiles
-@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
-@pytest.mark.parametrize("words", [1, 4])
-def test_words_are_copied_to_shared_memory_without_spills(target, words, tmp_path):
-    from entropy_fast.kernels.rows import row_stats_kernel
-    from entropy_fast.kernels.settings import Settings
-
-    settings = Settings(2, 128, 4, 4, 4, 8, 1.0, 64, words)
-    variant, constants = _forward_variant("*bf16", 50256, aligned=False, settings=settings)
-    options = {k: v for k, v in variant.options.items() if k != "maxnreg" or target[0] == "cuda"}
-    compiled = _compile(row_stats_kernel, "*bf16", constants, target, **options)
-    if target[0] == "cuda":
-        # a copy of 4 bytes for each word of a lane and one for the next, in the loop and ahead of it
-        copies = re.findall(r"cp\.async\.ca[\w.:]* .*, 0x4,", compiled.asm["ptx"])
-        assert len(copies) == 4 * constants["UNROLL"] * (words + 1)
-    if target == ("cuda", 90):
-        assert stack_bytes(compiled, tmp_path) <= 8
-
-
-@compiles
 @pytest.mark.parametrize(("target", "logits_type", "everything"), COMPILATIONS)
 def test_backward_compiles_without_spills(target, logits_type, everything, tmp_path):
     from entropy_fast.kernels.rows_backward import row_stats_backward_kernel
@@ -424,7 +404,6 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
     settings = backward_settings(bits // 8)
     constants = {"ACC": tl.float64 if bits == 64 else tl.float32, "SOFTCAP": everything, "EVEN": not everything}
     constants |= {"BLOCK": settings.block, "WIDTH": 128 // bits}
-    constants["EVICTION"] = settings.eviction
     if not everything:
         constants |= dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
     compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, num_warps=settings.warps)

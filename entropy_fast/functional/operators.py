@@ -164,18 +164,19 @@ def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, 
 
 
 def _write_gradient_triton(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
-    from entropy_fast.kernels.rows_backward import row_stats_backward
+    from entropy_fast.kernels.rows_backward import is_expanded, row_stats_backward
 
     *values, needs_bias = rest
-    values = [_contiguous(t) for t in values]
+    stats = [_contiguous(t) for t in values[:4]]
+    gradients = [t if t is None or is_expanded(t) else _contiguous(t) for t in values[4:]]
     row_stats_backward(
         as_rows(logits),
         _contiguous(targets),
         _contiguous(mask),
         _contiguous(bias),
         _transform(temperature, scale, softcap),
-        RowStats(*values[:4]),
-        RowGradients(*values[4:]),
+        RowStats(*stats),
+        RowGradients(*gradients),
         as_rows(out),
     )
     if not needs_bias:
