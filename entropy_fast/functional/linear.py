@@ -79,22 +79,30 @@ def linear_token_stats(
     if not 0.0 <= max_dropped_mass < 1.0:
         raise InputError(f"max_dropped_mass must be in [0, 1), got {max_dropped_mass}; 0 computes every gradient")
     shape = targets.shape
+    # each operation spared is a twentieth of a small call
+    if hidden.ndim != 2:
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        mask = None if mask is None else mask.reshape(-1)
     logprob, entropy, peak, log_sum, dropped, _ = linear_operators.linear_stats(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
-        targets.reshape(-1),
+        targets,
         bias,
-        None if mask is None else mask.reshape(-1),
+        mask,
         as_tensor(temperature),
         scale,
         softcap,
         precision,
         max_dropped_mass,
+        for_backward=return_lse,
     )
-    stats = (logprob.view(shape), entropy.view(shape), (peak + log_sum).view(shape) if return_lse else None)
+    lse = peak + log_sum if return_lse else None
+    if len(shape) != 1:
+        logprob, entropy = logprob.view(shape), entropy.view(shape)
+        lse = None if lse is None else lse.view(shape)
     if max_dropped_mass == 0:
-        return TokenStats(*stats)
-    filtered = FilteredTokenStats(*stats)
+        return TokenStats(logprob, entropy, lse)
+    filtered = FilteredTokenStats(logprob, entropy, lse)
     filtered.dropped_mass = dropped.view(shape)
     return filtered
 

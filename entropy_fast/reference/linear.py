@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_fast.reference.rows import LOWEST, RowGradients, arithmetic_dtype
+from entropy_fast.reference.rows import FUSED_VOCAB, LOWEST, RowGradients, arithmetic_dtype, stats_of
 from entropy_fast.reference.transform import Transform
 
 # (rows, columns) of a tile of logits. On a CPU it stays in cache while the statistics are taken; on an accelerator it
 # fills the device (512 MiB of float32).
 CPU_TILE = (512, 2048)
 ACCELERATOR_TILE = (4096, 32768)
+# Logits up to which starting operations takes longer than what they do.
+FEW_LOGITS = 2**15
 
 
 class LinearStats(NamedTuple):
@@ -105,22 +107,32 @@ def linear_stats(
     shard: bool = False,
     filtered: bool = False,
     precision: str = "exact",
+    for_backward: bool = True,
 ) -> tuple[LinearStats, torch.Tensor | None]:
     """Statistics of every row; with `filtered`, also the log-sum-exp of its logits in each slab, (slabs, rows).
 
     Args:
         hidden: (rows, width), any floating dtype.
         weight: (vocab, width), the head.
-        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone.
+        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone. On
+            a CPU, of a whole head with few logits (`FEW_LOGITS`), it raises IndexError.
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
         shard: the head is a part of a larger one (`combine_shards`).
         filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
         precision: for the kernels; the products here are exact whatever it says.
+        for_backward: without it, peak and log_sum may be left empty.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
     tile_rows, tile_columns = _tile_for(rows, weight, filtered)
+    few = rows * vocab <= FEW_LOGITS
+    if (few or (rows <= tile_rows and vocab <= tile_columns)) and rows and hidden.is_cpu and not (shard or filtered):
+        if hidden.dtype != dtype:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        z = _logits(hidden, weight, bias if bias is None else bias.to(dtype))
+        fused = few and vocab <= FUSED_VOCAB
+        return LinearStats(*stats_of(transform.apply_(z), targets, 1.0, fused, for_backward)), None
     x = hidden.to(dtype)
     parts = list(_slabs(rows, tile_rows)) or [slice(0, 0)]
     found: list[_Running | None] = [None] * len(parts)
