@@ -88,14 +88,26 @@ def _tile_shape(device: torch.device) -> tuple[int, int]:
 
 
 def _tile_for(rows: int, weight: torch.Tensor, filtered: bool, slab_copies: bool = False) -> tuple[int, int]:
-    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own.
-
-    What is as large as a slab of the head, a widened one or its gradient (`slab_copies`), sets a second bound.
-    """
+    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own."""
     tile_rows, tile_columns = _tile_shape(weight.device)
-    most = 32 if slab_copies or arithmetic_dtype(weight.dtype) != weight.dtype else tile_rows
-    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), most))
+    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), _most_slabs(weight, slab_copies)))
     return tile_rows, widening * tile_columns
+
+
+def _most_slabs(weight: torch.Tensor, slab_copies: bool) -> int:
+    """How many slabs may be one where rows are few.
+
+    What is as large as a slab of the head, a widened one or its gradient (`slab_copies`), sets a bound beside the tile.
+    """
+    return 32 if slab_copies or arithmetic_dtype(weight.dtype) != weight.dtype else _tile_shape(weight.device)[0]
+
+
+def _is_one_tile(rows: int, weight: torch.Tensor) -> bool:
+    """Whether the logits are one tile, or in another shape so few that they need no second."""
+    tile_rows, tile_columns = _tile_shape(weight.device)
+    vocab, most = weight.shape[0], tile_rows * tile_columns
+    fits = rows * vocab <= (most if rows <= tile_rows else most // 4)
+    return fits and vocab <= _most_slabs(weight, False) * tile_columns
 
 
 def linear_stats(
@@ -125,14 +137,14 @@ def linear_stats(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
-    tile_rows, tile_columns = _tile_for(rows, weight, filtered)
     few = rows * vocab <= FEW_LOGITS
-    if (few or (rows <= tile_rows and vocab <= tile_columns)) and rows and hidden.is_cpu and not (shard or filtered):
+    if rows and hidden.is_cpu and not (shard or filtered) and (few or _is_one_tile(rows, weight)):
         if hidden.dtype != dtype:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         z = _logits(hidden, weight, bias if bias is None else bias.to(dtype))
         fused = few and vocab <= FUSED_VOCAB
-        return LinearStats(*stats_of(transform.apply_(z), targets, 1.0, fused, for_backward)), None
+        return LinearStats(*stats_of(transform.apply_(z), targets, 1.0, fused, for_backward, consume=True)), None
+    tile_rows, tile_columns = _tile_for(rows, weight, filtered)
     x = hidden.to(dtype)
     parts = list(_slabs(rows, tile_rows)) or [slice(0, 0)]
     found: list[_Running | None] = [None] * len(parts)

@@ -110,13 +110,15 @@ def row_stats(
     return out or RowStats(*(torch.zeros(total, dtype=dtype, device=logits.device) for _ in RowStats._fields))
 
 
-def stats_of(w: torch.Tensor, targets: torch.Tensor, k: float, fused: bool, for_backward: bool) -> RowStats:
-    """`row_stats` of rows whose exponentials fit beside them; `w` is left alone.
+def stats_of(
+    w: torch.Tensor, targets: torch.Tensor, k: float, fused: bool, for_backward: bool, consume: bool = False
+) -> RowStats:
+    """`row_stats` of rows whose exponentials fit beside them; `w` is left alone, or consumed.
 
     `fused` takes the fewest operations, and twice the work for rows that turn out confident.
     """
     if not fused:
-        return _exact_stats(w, targets, k)
+        return _exact_stats(w, targets, k, consume)
     peak = w.amax(1) if for_backward or k != 1.0 else _EMPTY
     logp = torch.log_softmax(w if k == 1.0 else (w - peak.unsqueeze(1)).mul_(k), 1)
     logprob = _picked(logp, targets).neg_()
@@ -127,18 +129,18 @@ def stats_of(w: torch.Tensor, targets: torch.Tensor, k: float, fused: bool, for_
     if not (entropy if len(entropy) == 1 else entropy.min()).item() >= CONFIDENT_ENTROPY:
         unsure = (entropy >= CONFIDENT_ENTROPY).logical_not_().nonzero().squeeze(1)
         if len(unsure) == len(w):
-            return _exact_stats(w, targets, k)
-        for values, exact in zip(stats, _exact_stats(w[unsure], targets[unsure], k), strict=True):
+            return _exact_stats(w, targets, k, consume)
+        for values, exact in zip(stats, _exact_stats(w[unsure], targets[unsure], k, True), strict=True):
             if values is not _EMPTY:
                 values.index_copy_(0, unsure, exact)
     return stats
 
 
-def _exact_stats(w: torch.Tensor, targets: torch.Tensor, k: float) -> RowStats:
+def _exact_stats(w: torch.Tensor, targets: torch.Tensor, k: float, consume: bool) -> RowStats:
     """Nothing is done here for rows of NaN, of −inf alone or with +inf: w − M is NaN in them, and all that follows."""
     y = targets if targets.is_cpu else targets.clamp(0, w.shape[1] - 1)
     peak = w.amax(1)
-    d = w - peak.unsqueeze(1)
+    d = w.sub_(peak.unsqueeze(1)) if consume else w - peak.unsqueeze(1)
     behind = _picked(d, y)
     p = d.exp() if k == 1.0 else (d * k).exp_()
     s = _row_sums(p, w.dtype)
