@@ -347,6 +347,40 @@ def test_memory_does_not_follow_the_logits():
     assert peak < 0.4e9
 
 
+@pytest.mark.parametrize("vocab", [40, 2048, 3000])
+@pytest.mark.parametrize("rows", [1, 7, 700])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_way_through_a_cpu(vocab, rows, masked):
+    """Few logits, one tile of them and several; tokens removed, confident rows; with and without a gradient."""
+    hidden, weight, targets, b = problem(rows, 24, vocab, bias=True)
+    hidden[::2] *= 6
+    b[3:9] = -math.inf
+    targets[-1] = 0
+    mask = torch.arange(rows) % 3 != 1 if masked else None
+    keep = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+    for options in TRANSFORMS:
+        least = ef.linear_token_stats(hidden, weight, targets, b, mask=mask, **options)
+        most = ef.linear_token_stats(
+            hidden.clone().requires_grad_(), weight, targets, b, mask=mask, return_lse=True, **options
+        )
+        assert least.lse is None
+        assert all(torch.equal(a, c) for a, c in zip(least[:2], most[:2], strict=True))
+        expected = oracle(hidden, weight, targets, b, **options)
+        for got, e in zip(most, expected, strict=True):
+            e = torch.where(keep, e, 0.0)
+            assert torch.equal(got == -math.inf, e == -math.inf)
+            finite = e > -math.inf
+            assert ((got - e)[finite].abs() <= 4 * logit_error(hidden, weight)).all()
+    for wrong in (vocab, -1, torch.iinfo(torch.int64).min):
+        targets[0] = wrong
+        with pytest.raises(InputError, match=f"got {wrong} in row 0"):
+            ef.linear_token_stats(hidden, weight, targets, b, mask=mask)
+        with pytest.raises(InputError, match=f"got {wrong} in row 0"):
+            ef.linear_token_stats(hidden.clone().requires_grad_(), weight, targets, b, mask=mask)
+    if masked:
+        ef.linear_token_stats(hidden, weight, targets, b, mask=mask & (targets >= 0))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 300), st.booleans(), st.integers(0, 2**20))
 def test_any_shape(rows, width, vocab, bias, seed):

@@ -187,10 +187,11 @@ def test_masked_rows_are_not_read(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("vocab", [7, 1000, 20011])
+@pytest.mark.parametrize("vocab", [7, 128, 1000, 20011, 40009])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bits_do_not_depend_on_the_batch(device, vocab, dtype):
     logits, targets = problem(60, vocab, dtype=dtype, device=device)
+    logits[35:50:2] *= 8  # among them confident rows, row 41 too
     everything = ef.token_stats(logits, targets, return_lse=True)
     again = ef.token_stats(logits, targets, return_lse=True)
     alone = ef.token_stats(logits[41:42].clone(), targets[41:42], return_lse=True)
@@ -219,14 +220,60 @@ def test_bits_do_not_depend_on_where_a_row_starts(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_last_of_many_rows_are_as_alone(device):
-    # a GPU shares them out among programs, where rows are long
-    vocab, rows = (70000, 1000) if device == "cuda" else (700, 10)
-    logits, targets = problem(5, vocab, dtype=torch.bfloat16, device=device)
-    few = ef.token_stats(logits, targets, return_lse=True)
-    many = ef.token_stats(logits.repeat(rows // 5, 1), targets.repeat(rows // 5), return_lse=True)
-    for a, b in zip(few, many, strict=True):
-        assert torch.equal(a.repeat(rows // 5), b)
+@pytest.mark.parametrize("vocab", [3, 200, 2048, 2049])
+def test_bits_do_not_depend_on_what_is_asked_for(device, vocab):
+    logits, targets = problem(50, vocab, device=device)
+    logits[20:40] *= 8
+    for options in OPTIONS:
+        with torch.no_grad():
+            least = ef.token_stats(logits, targets, **options)
+            more = ef.token_stats(logits, targets, return_lse=True, **options)
+        most = ef.token_stats(logits.clone().requires_grad_(), targets, return_lse=True, **options)
+        assert all(torch.equal(a, b) for a, b in zip(more, most, strict=True))
+        if device == "cpu":
+            assert all(torch.equal(a, b) for a, b in zip(least[:2], most[:2], strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocab", [50, 2048, 5000])
+def test_confident_rows_among_others(device, vocab):
+    """Entropies from 1e-9 to 7 nats side by side: each keeps its digits."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, vocab, generator=g)
+    targets = torch.randint(vocab, (64,), generator=g)
+    logits[torch.arange(64), targets] = torch.linspace(2.0, 36.0, 64)
+    logprob, entropy, _ = (t.cpu() for t in ef.token_stats(logits.to(device), targets.to(device), return_lse=True))
+    z = logits.double()
+    others = z.scatter(1, targets[:, None], -math.inf)
+    rest = torch.logsumexp(others, 1) - z.amax(1)  # log of the sum beside a peak of 1
+    confident = z.argmax(1) == targets
+    exact_logprob = torch.where(confident, -rest.exp().log1p(), oracle(logits, targets)[0])
+    exact_entropy = oracle(logits, targets)[1]
+    assert exact_entropy.min() < 1e-9
+    assert ((logprob - exact_logprob).abs() <= 3e-6).all()
+    assert ((logprob - exact_logprob).abs() <= 1e-3 * exact_logprob.abs() + 1e-15).all()
+    assert ((entropy - exact_entropy).abs() <= 1e-3 * exact_entropy).all()
+    assert ((entropy - exact_entropy).abs() <= 3.5e-6).all()
+
+
+def test_few_operations_or_the_exact_ones(monkeypatch):
+    """The statistics of small vocabularies against those of large ones, with all that may be in a row."""
+    from entropy_fast.reference import rows
+
+    logits, targets = problem(40, 300)
+    logits[10:20] *= 9
+    logits[3, :100] = logits[5, 200:] = -math.inf
+    logits[21, 4], logits[22, 5], logits[23] = math.nan, math.inf, -math.inf
+    targets[3], logits[24, 7], targets[24] = 50, -math.inf, 7
+    logits[25:] += 150
+    for options in (*OPTIONS, {"bias": torch.randn(300)}, {"mask": torch.arange(40) % 3 != 0}):
+        few = ef.token_stats(logits, targets, return_lse=True, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "FUSED_VOCAB", 0)
+            exact = ef.token_stats(logits, targets, return_lse=True, **options)
+        assert_close(few, [t.double() for t in exact], 2e-5)
+        if not options:
+            assert few.logprob.isnan().nonzero().flatten().tolist() == [21, 22, 23]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -381,6 +428,15 @@ def test_an_outside_target_names_its_row():
     with pytest.raises(InputError, match="got -100"):
         ef.token_stats(logits, targets)
     ef.token_stats(logits, targets, mask=targets >= 0)
+    for value in (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, -1, 10):
+        targets[1, 2] = value
+        for x in (logits, 30 * logits, logits.double(), logits[..., :3].repeat(1, 1, 1000)[..., :10]):
+            with pytest.raises(InputError, match=f"got {value} in row"):
+                ef.token_stats(x, targets)
+    with pytest.raises(InputError, match="got 10 in row 5"):
+        ef.token_stats(logits.flatten(0, 1), targets.flatten().int())
+    with pytest.raises(InputError, match=r"\[0, 3000\), got 3000 in row \(1, 2\)"):
+        ef.token_stats(logits.repeat(1, 1, 300), torch.where(targets == 10, 3000, 0))
 
 
 @pytest.mark.gpu

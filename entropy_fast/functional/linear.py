@@ -91,25 +91,25 @@ def linear_token_stats(
             "needs few of the exponentials; leave one of them out"
         )
     shape = targets.shape
-    inputs = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1),
-        bias,
-        None if mask is None else mask.reshape(-1),
-        as_tensor(temperature),
-        scale,
-        softcap,
-        precision,
-    )
+    # each operation spared is a twentieth of a small call
+    if hidden.ndim != 2:
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        mask = None if mask is None else mask.reshape(-1)
+    inputs = (hidden, weight, targets, bias, mask, as_tensor(temperature), scale, softcap, precision)
+    dropped = None
     if reuse_gradient_memory and can_reuse(hidden, weight, precision):
         logprob, entropy, peak, log_sum = linear_stats_reusing(*inputs)
     else:
-        logprob, entropy, peak, log_sum, dropped, _ = linear_operators.linear_stats(*inputs, max_dropped_mass)
-    stats = (logprob.view(shape), entropy.view(shape), (peak + log_sum).view(shape) if return_lse else None)
-    if max_dropped_mass == 0:
-        return TokenStats(*stats)
-    filtered = FilteredTokenStats(*stats)
+        logprob, entropy, peak, log_sum, dropped, _ = linear_operators.linear_stats(
+            *inputs, max_dropped_mass, for_backward=return_lse
+        )
+    lse = peak + log_sum if return_lse else None
+    if len(shape) != 1:
+        logprob, entropy = logprob.view(shape), entropy.view(shape)
+        lse = None if lse is None else lse.view(shape)
+    if dropped is None or max_dropped_mass == 0:
+        return TokenStats(logprob, entropy, lse)
+    filtered = FilteredTokenStats(logprob, entropy, lse)
     filtered.dropped_mass = dropped.view(shape)
     return filtered
 

@@ -61,46 +61,79 @@ def has_triton(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@outside_autocast
-def compute_stats(
-    hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, max_dropped_mass, memory=None
+def _stats(
+    hidden,
+    weight,
+    targets,
+    bias,
+    mask,
+    temperature,
+    scale,
+    softcap,
+    precision,
+    max_dropped_mass,
+    for_backward=True,
+    memory=None,
 ):
-    """`linear_stats`; `memory` is for the kernels' forward to save exponentials in, see `kernels.linear_forward`."""
-    check_target_range(targets, mask, weight.shape[0])
-    rows = _active(mask)
-    x, y = _rows_of((hidden, targets), rows)
+    """The operator; `memory` is for the kernels' forward to save exponentials in, see `kernels.linear_forward`."""
     total, filtered = hidden.shape[0], max_dropped_mass > 0
-    dtype = arithmetic_dtype(hidden.dtype)
-    nothing = torch.empty(0, dtype=dtype, device=hidden.device)
-    kept = torch.empty(0, 0, dtype=torch.bool, device=hidden.device)
+    # of few logits the statistics themselves find a target outside
+    few = not filtered and total * weight.shape[0] <= reference.FEW_LOGITS
+    if not few:
+        check_target_range(targets, mask, weight.shape[0])
+    rows = _active(mask)
+    x, y = (hidden, targets) if rows is None else (hidden[rows], targets[rows])
+    dropped = kept = None
     if len(x) == 0:
-        zeros = [torch.zeros(total, dtype=dtype, device=hidden.device) for _ in range(5)]
-        return *zeros[:4], zeros[4] if filtered else nothing, kept
-    module = implementation(hidden, precision)
-    transform = Transform(temperature.item(), scale, softcap)
-    with ieee_products(hidden):
-        options = {} if memory is None else {"memory": memory}
-        stats, slab_lse = module.linear_stats(
-            x, weight, y, bias, transform, filtered=filtered, precision=precision, **options
-        )
-    dropped = nothing
-    if slab_lse is not None:
-        target_slab = y // module.filter_columns(hidden.device)
-        kept, dropped = choose_slabs(slab_lse, stats.peak + stats.log_sum, target_slab, max_dropped_mass)
-        dropped = _in_place_of(dropped, rows, total)
-    return *(_in_place_of(t, rows, total) for t in stats), dropped, kept
+        zeros = [torch.zeros(total, dtype=arithmetic_dtype(hidden.dtype), device=hidden.device) for _ in range(5)]
+        stats, dropped = tuple(zeros[:4]), zeros[4] if filtered else None
+    else:
+        module = implementation(hidden, precision)
+        transform = Transform(temperature.item(), scale, softcap)
+        options = {"for_backward": for_backward} if module is reference else {"memory": memory}
+        try:
+            with ieee_products(hidden):
+                stats, slab_lse = module.linear_stats(
+                    x, weight, y, bias, transform, filtered=filtered, precision=precision, **options
+                )
+        except IndexError:
+            check_target_range(targets, mask, weight.shape[0])
+            raise
+        if slab_lse is not None:
+            target_slab = y // module.filter_columns(hidden.device)
+            kept, dropped = choose_slabs(slab_lse, stats.peak + stats.log_sum, target_slab, max_dropped_mass)
+            dropped = _in_place_of(dropped, rows, total)
+        if rows is not None:
+            stats = tuple(_in_place_of(t, rows, total) if len(t) else t for t in stats)
+    if not for_backward:
+        return *stats, dropped, kept
+    if dropped is None:
+        dropped = stats[0].new_empty(0)
+    return *stats, dropped, torch.empty(0, 0, dtype=torch.bool, device=hidden.device) if kept is None else kept
+
+
+compute_stats = outside_autocast(_stats)
 
 
 def linear_stats(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    """The operator; where no gradient is wanted and nothing looks at operators, past the dispatcher."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    *rest: Any,
+    for_backward: bool = True,
+) -> tuple[Any, ...]:
+    """The operator; where no gradient is wanted and nothing looks at operators, past the dispatcher.
+
+    Without `for_backward`, what only the backward needs (all but the first two, and the dropped mass) may be missing or
+    empty.
+    """
     device = hidden.device.type
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and nobody_looks(hidden)
     if plain and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device):
         differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
-            return compute_stats(hidden, weight, targets, bias, *rest)
+            return _stats(hidden, weight, targets, bias, *rest, for_backward)
     return torch.ops.entropy_fast.linear_stats.default(hidden, weight, targets, bias, *rest)
 
 

@@ -72,15 +72,20 @@ def _matrices(*tensors: torch.Tensor, start: int = 0) -> Iterator[tuple[slice, l
         yield from _matrices(*parts, start=start + i * rows)
 
 
-def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap):
-    check_target_range(targets, mask, logits.shape[-1])
+def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap, for_backward=True):
     transform = _transform(temperature, scale, softcap)
-    y = targets.reshape(-1)
-    active = None if mask is None else mask.reshape(-1)
-    out = [
-        reference.row_stats(matrix, y[at], None if active is None else active[at], bias, transform)
-        for at, (matrix,) in _matrices(logits)
-    ]
+    try:
+        if logits.ndim == 2:
+            return reference.row_stats(logits, targets, mask, bias, transform, for_backward)
+        y = targets.reshape(-1)
+        active = None if mask is None else mask.reshape(-1)
+        out = [
+            reference.row_stats(matrix, y[at], None if active is None else active[at], bias, transform)
+            for at, (matrix,) in _matrices(logits)
+        ]
+    except IndexError:
+        check_target_range(targets, mask, logits.shape[-1])
+        raise
     joined = out[0] if len(out) == 1 else (torch.cat(field) for field in zip(*out, strict=True))
     return tuple(t.view(targets.shape) for t in joined)
 
@@ -250,7 +255,7 @@ def row_stats(
     *,
     for_backward: bool = True,
 ) -> tuple[Any, ...]:
-    """The operator; without `for_backward`, peak and log_sum may be None.
+    """The operator; without `for_backward`, peak and log_sum may be missing or empty.
 
     Where nothing looks at operators the implementation is called outright: the dispatcher costs the host as much as a
     small kernel runs, or as a few rows take a CPU.
@@ -259,7 +264,7 @@ def row_stats(
         if logits.is_cuda:
             return _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
         if not torch.is_autocast_enabled("cpu"):
-            return _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap)
+            return _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap, for_backward)
     return torch.ops.entropy_fast.row_stats.default(logits, targets, mask, bias, temperature, scale, softcap)
 
 

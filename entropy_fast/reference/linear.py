@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from entropy_fast.reference.rows import LOWEST, RowGradients, arithmetic_dtype
+from entropy_fast.reference.rows import FUSED_VOCAB, LOWEST, RowGradients, arithmetic_dtype, stats_of
 from entropy_fast.reference.transform import Transform
 
 # (rows, columns) of a tile of logits. On a CPU it stays in cache while the statistics are taken; on an accelerator it
 # fills the device (512 MiB of float32).
 CPU_TILE = (512, 2048)
 ACCELERATOR_TILE = (4096, 32768)
+# Logits up to which starting operations takes longer than what they do.
+FEW_LOGITS = 2**15
 
 
 class LinearStats(NamedTuple):
@@ -86,14 +88,26 @@ def _tile_shape(device: torch.device) -> tuple[int, int]:
 
 
 def _tile_for(rows: int, weight: torch.Tensor, filtered: bool, slab_copies: bool = False) -> tuple[int, int]:
-    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own.
-
-    What is as large as a slab of the head, a widened one or its gradient (`slab_copies`), sets a second bound.
-    """
+    """The tile; a few rows take more columns at a time, except where slabs have a meaning of their own."""
     tile_rows, tile_columns = _tile_shape(weight.device)
-    most = 32 if slab_copies or arithmetic_dtype(weight.dtype) != weight.dtype else tile_rows
-    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), most))
+    widening = 1 if filtered else max(1, min(tile_rows // max(rows, 1), _most_slabs(weight, slab_copies)))
     return tile_rows, widening * tile_columns
+
+
+def _most_slabs(weight: torch.Tensor, slab_copies: bool) -> int:
+    """How many slabs may be one where rows are few.
+
+    What is as large as a slab of the head, a widened one or its gradient (`slab_copies`), sets a bound beside the tile.
+    """
+    return 32 if slab_copies or arithmetic_dtype(weight.dtype) != weight.dtype else _tile_shape(weight.device)[0]
+
+
+def _is_one_tile(rows: int, weight: torch.Tensor) -> bool:
+    """Whether the logits are one tile, or in another shape so few that they need no second."""
+    tile_rows, tile_columns = _tile_shape(weight.device)
+    vocab, most = weight.shape[0], tile_rows * tile_columns
+    fits = rows * vocab <= (most if rows <= tile_rows else most // 4)
+    return fits and vocab <= _most_slabs(weight, False) * tile_columns
 
 
 def linear_stats(
@@ -105,21 +119,31 @@ def linear_stats(
     shard: bool = False,
     filtered: bool = False,
     precision: str = "exact",
+    for_backward: bool = True,
 ) -> tuple[LinearStats, torch.Tensor | None]:
     """Statistics of every row; with `filtered`, also the log-sum-exp of its logits in each slab, (slabs, rows).
 
     Args:
         hidden: (rows, width), any floating dtype.
         weight: (vocab, width), the head.
-        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone.
+        targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone. On
+            a CPU, of a whole head with few logits (`FEW_LOGITS`), it raises IndexError.
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
         shard: the head is a part of a larger one (`combine_shards`).
         filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
         precision: for the kernels; the products here are exact whatever it says.
+        for_backward: without it, peak and log_sum may be left empty.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     dtype = arithmetic_dtype(hidden.dtype)
+    few = rows * vocab <= FEW_LOGITS
+    if rows and hidden.is_cpu and not (shard or filtered) and (few or _is_one_tile(rows, weight)):
+        if hidden.dtype != dtype:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        z = _logits(hidden, weight, bias if bias is None else bias.to(dtype))
+        fused = few and vocab <= FUSED_VOCAB
+        return LinearStats(*stats_of(transform.apply_(z), targets, 1.0, fused, for_backward, consume=True)), None
     tile_rows, tile_columns = _tile_for(rows, weight, filtered)
     x = hidden.to(dtype)
     parts = list(_slabs(rows, tile_rows)) or [slice(0, 0)]
