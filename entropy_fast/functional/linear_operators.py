@@ -72,6 +72,7 @@ def _stats(
     softcap,
     precision,
     max_dropped_mass,
+    *,
     for_backward=True,
     memory=None,
 ):
@@ -133,7 +134,7 @@ def linear_stats(
     if plain and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device):
         differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
-            return _stats(hidden, weight, targets, bias, *rest, for_backward)
+            return _stats(hidden, weight, targets, bias, *rest, for_backward=for_backward)
     return torch.ops.entropy_fast.linear_stats.default(hidden, weight, targets, bias, *rest)
 
 

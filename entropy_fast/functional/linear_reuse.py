@@ -31,7 +31,7 @@ class _Reusing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, targets, bias, mask, temperature, *options):
         ctx.memory = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        stats = compute_stats(hidden, weight, targets, bias, mask, temperature, *options, 0.0, ctx.memory)[:4]
+        stats = compute_stats(hidden, weight, targets, bias, mask, temperature, *options, 0.0, memory=ctx.memory)[:4]
         ctx.save_for_backward(hidden, weight, targets, bias, mask, temperature, *stats)
         ctx.mark_non_differentiable(stats[2])
         ctx.set_materialize_grads(False)
