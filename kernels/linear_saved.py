@@ -72,8 +72,8 @@ def saved_dlogits_kernel(
     if tl.max(here.to(tl.int32), 0) > 0:
         at_target = tl.load(dz_target_ptr + rows, mask=live, other=0.0)
         if SOFTCAP:
-            core = (tl.load(logprob_ptr + rows, mask=live, other=0.0) * LOG2E + lse) * uncap
-            at_target *= 1.0 - core * core
+            core_at_target = (tl.load(logprob_ptr + rows, mask=live, other=0.0) * LOG2E + lse) * uncap
+            at_target *= 1.0 - core_at_target * core_at_target
         column = (target - col0).to(tl.int32)
         d = tl.where(tl.arange(0, BN)[None, :] == column[:, None], at_target[:, None], d)
     tl.store(dz_ptr + at, d.to(dz_ptr.dtype.element_ty), mask=live[:, None])
