@@ -64,12 +64,13 @@ SMALL = Tiling(BM=128, BN=128, BK=32, GROUP=8, num_warps=8, num_stages=2, tma=Fa
 INTERPRETED = Tiling(BM=16, BN=32, BK=16, GROUP=2, num_warps=4, num_stages=2, tma=True)
 
 
-def filter_columns(device: torch.device) -> int:
-    """Width of the slabs whose mass decides which rows' gradients need them; a multiple of every tile's.
+# Narrower ones would let a row skip more, but a slab takes a slow host as long to launch as it takes the device.
+FILTER_COLUMNS = 8704
 
-    Narrower ones would let a row skip more, but a slab takes a slow host as long to launch as it takes the device.
-    """
-    return 64 if device.type == "cpu" else 8704
+
+def filter_columns(device: torch.device) -> int:
+    """Width of the slabs whose mass decides which rows' gradients need them; a multiple of every tile's."""
+    return 64 if device.type == "cpu" else FILTER_COLUMNS
 
 
 def has_accurate(device: torch.device) -> bool:
