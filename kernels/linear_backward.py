@@ -12,7 +12,7 @@ probabilities do not vanish.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
@@ -43,26 +43,37 @@ from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
 
 
-class _HiddenSum(NamedTuple):
+class _HiddenSum:
     """dHidden, summed in float32 over the slabs.
 
     A slab adds one product to consecutive rows: those that every slab takes stay where they are, its others come
     behind them for as long.
-
-    Attributes:
-        near: the rows that every slab takes, and room for a slab's others.
-        far: all others.
     """
 
-    near: torch.Tensor
-    far: torch.Tensor
+    def __init__(self, hidden: torch.Tensor, selection: Selection | None) -> None:
+        self._hidden = hidden
+        self._selection = selection
 
-    @classmethod
-    def of(cls, hidden: torch.Tensor, selection: Selection | None) -> _HiddenSum:
-        total, width = hidden.shape
-        near, lead = (total, total) if selection is None else (max(selection.counts), selection.lead)
-        zeros = torch.zeros(near + total - lead, width, dtype=torch.float32, device=hidden.device)
-        return cls(zeros[:near], zeros[near:])
+    @cached_property
+    def _zeros(self) -> torch.Tensor:
+        # not before the first slab's dz is under way: the device has waited long enough for the selection
+        total, width = self._hidden.shape
+        lead = total if self._selection is None else self._selection.lead
+        return torch.zeros(self._near + total - lead, width, dtype=torch.float32, device=self._hidden.device)
+
+    @property
+    def _near(self) -> int:
+        return len(self._hidden) if self._selection is None else max(self._selection.counts)
+
+    @cached_property
+    def near(self) -> torch.Tensor:
+        """The rows that every slab takes, and room for a slab's others."""
+        return self._zeros[: self._near]
+
+    @cached_property
+    def far(self) -> torch.Tensor:
+        """All others."""
+        return self._zeros[self._near :]
 
     def add(self, products: list[tuple[torch.Tensor, torch.Tensor]], scattered: torch.Tensor | None) -> None:
         """The rows of a slab += Σ a @ b."""
@@ -75,8 +86,9 @@ class _HiddenSum(NamedTuple):
         _accumulate(self.near[:count], products)
         self.far.index_copy_(0, scattered, guests)
 
-    def finish(self, hidden: torch.Tensor, selection: Selection | None, gain: torch.Tensor | None) -> torch.Tensor:
+    def finish(self, gain: torch.Tensor | None) -> torch.Tensor:
         """The sum / gain, in the order and dtype of the hidden states."""
+        hidden, selection = self._hidden, self._selection
         if gain is not None:
             self.near.div_(gain)
             self.far.div_(gain)
@@ -121,7 +133,7 @@ def linear_backward(
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
     columns = filter_columns(device)
     selection = None if kept is None else Selection.of(kept, targets, coefficients, columns)
-    hidden_sum = _HiddenSum.of(hidden, selection) if needs_hidden else None
+    hidden_sum = _HiddenSum(hidden, selection) if needs_hidden else None
     if selection is None:
         slabs = all_slabs(Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight, saved)
     else:
@@ -129,7 +141,7 @@ def linear_backward(
     _run_slabs(slabs, weight, bias, transform, stats, tiling, gain, hidden_sum, d_weight, d_bias)
     if d_bias is not None:
         d_bias = (d_bias if gain is None else d_bias.div_(gain)).to(weight.dtype if bias is None else bias.dtype)
-    return Gradients(None if hidden_sum is None else hidden_sum.finish(hidden, selection, gain), d_weight, d_bias)
+    return Gradients(None if hidden_sum is None else hidden_sum.finish(gain), d_weight, d_bias)
 
 
 def _run_slabs(

@@ -174,6 +174,25 @@ def _from_column(start: int, rows: Rows) -> Rows:
     return rows._replace(targets=rows.targets - start)
 
 
+class _Arriving:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._here = tensor
+        self._arrived = None
+        if tensor.is_cuda:
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._here.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list[int]:
+        """Its entries, as soon as they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here.tolist()
+
+
 class Selection(NamedTuple):
     """Which rows each slab takes, with the rows put in an order of places: those that more slabs take come first.
 
@@ -199,12 +218,13 @@ class Selection(NamedTuple):
     def of(cls, kept: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients, columns: int) -> Selection:
         """From (slabs, rows) bool, for slabs of so many columns.
 
-        Waits for the device once, when all of this is under way, and nothing after it does: what a slab needs of its
-        rows' numbers is a piece of a tensor, which costs the host next to nothing.
+        Waits for the device once, for the counts, while it does the rest of this, and nothing after it waits: what a
+        slab needs of its rows' numbers is a piece of a tensor, which costs the host next to nothing.
         """
         order = kept.sum(0).argsort(descending=True, stable=True)
         kept = kept.index_select(1, order)
         counts = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)])
+        on_host = _Arriving(counts)
         # every slab's numbers start on 16 bytes, or the kernel would be compiled for each way of not doing so
         gone = pad(kept.logical_not(), (0, -kept.shape[1] % 4), value=True)
         places = gone.to(torch.uint8).argsort(dim=1, stable=True).clamp(max=kept.shape[1] - 1)
@@ -212,7 +232,7 @@ class Selection(NamedTuple):
         first = torch.arange(len(kept), device=kept.device)[:, None] * columns
         of_rows = RowCoefficients(*(None if t is None else t[index] for t in coefficients))
         scattered, local_targets = places - counts[-1], targets[index] - first
-        *of_slabs, lead = counts.tolist()
+        *of_slabs, lead = on_host.tolist()
         return cls(order, index, scattered, local_targets, of_rows, of_slabs, lead)
 
 

@@ -21,9 +21,13 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
-from entropy_fast.kernels.settings import BackwardSettings, backward_settings, vector_width
+from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
+
+# Most registers of a thread where rows start anywhere: left alone, the compiler chooses between 32 and 40 by what else
+# the kernel says, and has lost up to a tenth by it.
+ODD_REGISTERS = 40
 
 
 @triton.jit
@@ -113,8 +117,8 @@ def row_stats_backward_kernel(
     source_ptr = logits_ptr + row_start // WIDTH * WIDTH
     gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
     place = piece * BLOCK + tl.arange(0, BLOCK)
-    vector = place // WIDTH * WIDTH
-    whole = (vector >= phase) & (vector + WIDTH <= vocab + phase)
+    vector = place // WIDTH * WIDTH - phase
+    whole = (vector >= 0) & (vector + WIDTH <= vocab)
     # the ends: the first vector and the last
     end_vector = tl.where(tl.arange(0, 2 * WIDTH) < WIDTH, 0, (vocab + phase) // WIDTH * WIDTH)
     end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
@@ -202,14 +206,26 @@ def row_stats_backward(
             transform.softcap is not None,
             vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
             width,
+            bias is not None,
+            logits.device,
         ),
     )
 
 
 @cache
-def _variant(settings: BackwardSettings, dtype: torch.dtype, softcap: bool, even: bool, width: int) -> Variant:
+def _variant(
+    settings: BackwardSettings,
+    dtype: torch.dtype,
+    softcap: bool,
+    even: bool,
+    width: int,
+    has_bias: bool,
+    device: torch.device,
+) -> Variant:
     constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "BLOCK": settings.block, "WIDTH": width}
-    return Variant(constants, num_warps=settings.warps)
+    # what does not fit into the limit would spill
+    crowded = even or softcap or has_bias or dtype == torch.float64
+    return Variant(constants, num_warps=settings.warps, **registers(None if crowded else ODD_REGISTERS, device))
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:

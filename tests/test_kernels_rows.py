@@ -414,6 +414,18 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
 
 
 @compiles
+def test_the_backward_of_odd_rows_keeps_to_its_registers(tmp_path):
+    from entropy_fast.kernels.rows_backward import _variant, row_stats_backward_kernel
+    from entropy_fast.kernels.settings import backward_settings
+
+    variant = _variant(backward_settings(2), torch.float32, False, False, 8, False, torch.device("cuda"))
+    constants = variant.constants | dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
+    compiled = _compile(row_stats_backward_kernel, "*bf16", constants, ("cuda", 90), **variant.options)
+    assert stack_bytes(compiled, tmp_path) == 0
+    assert variant.options["maxnreg"] == 40
+
+
+@compiles
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
 def test_plans_compile(target):
     from entropy_fast.kernels.plan import list_active_kernel, plan_sequences_kernel
