@@ -65,6 +65,7 @@ PACKAGES = ("torch", "triton", "entropy_fast", "trl", "liger-kernel", "cut-cross
 CHECKED_ROWS = 128
 # up to here the head's bytes are what a forward costs
 FEW_ROWS = 256
+BACKWARD_ALONE = ("entropy_fast reusing", "entropy_fast, 1 GiB", "entropy_fast filtered")
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 # name -> (function, what it gives)
 Implementations = dict[str, tuple[Function | None, str]]
@@ -80,7 +81,8 @@ def ours(dtype: torch.dtype) -> Implementations:
         return {f"entropy_fast {name}": at(precision=name) for name in ("exact", "accurate", "fast")}
     return {
         "entropy_fast": at(),
-        "entropy_fast reusing": at(reuse_gradient_memory=True),
+        "entropy_fast reusing": at(backward_memory="gradient"),
+        "entropy_fast, 1 GiB": at(backward_memory=2**30),
         "entropy_fast filtered": at(max_dropped_mass=1e-3),
     }
 
@@ -200,14 +202,14 @@ class Case:
         if "gemm tf32" in functions:
             calls["gemm tf32"] = partial(self.tf32_gemms, count)
         for name, (function, _) in functions.items():
-            # filtering is of the gradient, reuse of the memory of the head's
-            idle = (op == "forward" and "filtered" in name) or (op != "backward" and "reusing" in name)
+            # filtering and memory are for the backward, reuse of memory for the head's gradient
+            idle = "reusing" in name if op == "frozen" else op == "forward" and name in BACKWARD_ALONE
             if function is not None and not idle:
                 calls[name] = partial(self.step, function, op)
         times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
         if "read" in functions and op == "forward":
             times["read"] = read_ms(self.weight)
-        alone = {name: alone_ms(calls[name]) for name in times if name.split()[0] in ("gemm", "entropy_fast")}
+        alone = {name: alone_ms(calls[name]) for name in times if name.startswith(("gemm", "entropy_fast"))}
         rows = []
         for name, ms in times.items():
             row = {"op": title, "impl": name, **self.facts, "ms": ms, "of_floor": ms / times["gemm"]}

@@ -117,8 +117,8 @@ def linear_backward(
     """Gradients to hidden states, head and bias; what `needs` leaves out costs nothing. Shapes as in `linear_stats`.
 
     `kept`, (slabs, rows) bool, says which rows' dz to compute in each slab of `filter_columns` tokens; elsewhere it is
-    taken for 0. Finding the rows waits for the device. `memory` is what the forward filled; it becomes dWeight, or its
-    contents are lost.
+    taken for 0. Finding the rows waits for the device. `memory` is what the forward filled; it is used up, or
+    becomes dWeight.
     """
     needs_hidden, needs_weight, needs_bias = needs
     total, vocab = hidden.shape[0], weight.shape[0]
@@ -126,10 +126,11 @@ def linear_backward(
     tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
     coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
-    saved = None if memory is None else saved_in(memory, total, tiling)
+    saved = None if memory is None else saved_in(memory, vocab, total, tiling)
     d_weight = None
     if needs_weight:
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if memory is None else memory
+        own = memory is None or memory.ndim == 1
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if own else memory
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
     columns = filter_columns(device)
     selection = None if kept is None else Selection.of(kept, targets, coefficients, columns)

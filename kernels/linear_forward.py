@@ -259,12 +259,12 @@ def linear_stats(
         shard: the head is a part of a larger one (`reference.linear.combine_shards`).
         filtered: the backward will want to know where the mass is; slabs are `filter_columns` tokens wide.
         precision: of float32 operands, "accurate" or "fast".
-        memory: (vocab, width), contiguous, of the dtype of 16-bit operands, where dWeight will be: to be filled with
-            exponentials that the backward, given the same memory, need not compute.
+        memory: of 16-bit operands and in their dtype, contiguous: to be filled with exponentials that the backward,
+            given the same memory, need not compute. (vocab, width), where dWeight will be, or flat, to spare.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     tiling = tiling_for(rows, hidden.device, precision if hidden.dtype == torch.float32 else "fast")
-    saved = None if memory is None else saved_in(memory, rows, tiling)
+    saved = None if memory is None else saved_in(memory, vocab, rows, tiling)
     tiles = tile_partials(hidden, weight, targets, bias, transform, tiling, saved)
     out = LinearStats(*(torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(4)))
     launch(

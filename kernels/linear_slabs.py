@@ -70,17 +70,19 @@ def _room(rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Saved(NamedTuple):
-    """Room for exponentials, as views of dWeight's memory.
+    """Room for exponentials, as views of some memory: dWeight's, or memory to spare.
 
     Attributes:
         exponentials: (slabs, rows, pitch), fp16; of a row, the first `columns` entries are used.
         peaks: (slabs × tiles of a slab, rows), float32: m, in base 2.
         columns: tokens of a slab.
+        spare: the one slab's memory, flat, which is there for dz of other slabs when its own is done with.
     """
 
     exponentials: torch.Tensor
     peaks: torch.Tensor
     columns: int
+    spare: torch.Tensor | None = None
 
     @property
     def tiles(self) -> int:
@@ -98,44 +100,62 @@ class Saved(NamedTuple):
         return self.exponentials.flatten(0, 1)
 
 
-def saved_in(memory: torch.Tensor, rows: int, tiling: Tiling) -> Saved | None:
-    """Where exponentials of so many rows lie in a gradient's (vocab, width) 16-bit memory; None where none fit.
+def _entries(columns: int, rows: int, tiling: Tiling) -> tuple[int, int]:
+    """16-bit entries of a slab's exponentials, and of its peaks."""
+    return rows * (columns + PITCH), 2 * columns // tiling.BN * rows
 
-    Slabs lie at the end of the memory, their peaks behind them; they are used up in order. The gradient's own rows of a
-    slab, written when its dz is there, must end before that dz and all that is still to be used. Both the first slab
-    (whose followers all remain) and the last (most rows written) have to fit.
+
+def spare_memory(most_bytes: int, hidden: torch.Tensor, vocab: int, tiling: Tiling) -> torch.Tensor:
+    """Flat memory for exponentials of all rows: so many bytes, or as many as the vocabulary has use for."""
+    rows, whole = ceil_div(hidden.shape[0], tiling.BM) * tiling.BM, vocab // tiling.BN * tiling.BN
+    return hidden.new_empty(min(most_bytes // 2, sum(_entries(whole, rows, tiling))))
+
+
+def saved_in(memory: torch.Tensor, vocab: int, rows: int, tiling: Tiling) -> Saved | None:
+    """Where exponentials of so many rows lie in 16-bit memory; None where none fit.
+
+    Flat memory is to spare: one slab as wide as fits. Memory of (vocab, width) will be dWeight. There slabs lie at the
+    end, their peaks behind them, and are used up in order: dWeight's own rows of a slab, written when its dz is there,
+    must end before that dz and all that is still to be used. Both the first slab (whose followers all remain) and the
+    last (most rows written) have to fit.
     """
-    vocab, width = memory.shape
     padded = ceil_div(rows, tiling.BM) * tiling.BM
-    # in 16-bit entries; whole 16 bytes of them
+    # whole 16 bytes
     end = memory.numel() // 8 * 8
+    if memory.ndim == 1:
+        columns = min(vocab, int((end // padded - PITCH) / (1 + 2 / tiling.BN))) // tiling.BN * tiling.BN
+        slabs = 1 if columns > 0 else 0
+    else:
+        width = memory.shape[1]
 
-    def slab_and_peaks(columns: int) -> tuple[int, int]:
-        return padded * (columns + PITCH), 2 * columns // tiling.BN * padded
+        def count(columns: int) -> int:
+            own, (slab, peaks) = columns * width, _entries(columns, padded, tiling)
+            return max(0, min((end - own) // (slab + peaks), (end - slab) // (own + peaks), vocab // columns))
 
-    def count(columns: int) -> int:
-        own, (slab, peaks) = columns * width, slab_and_peaks(columns)
-        return max(0, min((end - own) // (slab + peaks), (end - slab) // (own + peaks), vocab // columns))
-
-    # a little narrower, one more may fit
-    columns = max((SLAB_COLUMNS, SLAB_COLUMNS - tiling.BN), key=lambda columns: columns * count(columns))
-    slabs = count(columns)
+        # a little narrower, one more may fit
+        columns = max((SLAB_COLUMNS, SLAB_COLUMNS - tiling.BN), key=lambda columns: columns * count(columns))
+        slabs = count(columns)
     if slabs == 0:
         return None
-    slab, peaks = slab_and_peaks(columns)
+    slab, peaks = _entries(columns, padded, tiling)
     flat, first_peak = memory.view(-1), end - slabs * peaks
-    exponentials = flat[first_peak - slabs * slab : first_peak].view(torch.float16).view(slabs, padded, -1)
-    return Saved(exponentials, flat[first_peak:end].view(torch.float32).view(-1, padded), columns)
+    exponentials = flat[first_peak - slabs * slab : first_peak]
+    return Saved(
+        exponentials.view(torch.float16).view(slabs, padded, -1),
+        flat[first_peak:end].view(torch.float32).view(-1, padded),
+        columns,
+        exponentials if memory.ndim == 1 else None,
+    )
 
 
 def all_slabs(
     rows: Rows, vocab: int, tiling: Tiling, d_weight: torch.Tensor | None, saved: Saved | None = None
 ) -> Iterator[Slab]:
-    """All rows, slab by slab; first those that are `saved` in dWeight's memory.
+    """All rows, slab by slab; first those that are `saved`, in dWeight's memory or elsewhere.
 
-    dz of another slab lies in the rows of dWeight that follow the slab's own, as long as it fits there; the last slabs
-    get a room of their own, a smaller one. What is lent costs nothing, so each slab is as wide as fits: it
-    reads and writes all of the float32 dHidden.
+    Memory to spare then serves the others. Without it, dz of another slab lies in the rows of dWeight that follow the
+    slab's own, as long as it fits there; the last slabs get a room of their own, a smaller one. What is lent costs
+    nothing, so each slab is as wide as fits: it reads and writes all of the float32 dHidden.
     """
     total = len(rows.targets)
     columns = slab_columns(total, vocab, tiling)
@@ -146,6 +166,12 @@ def all_slabs(
             here = slice(start, start + saved.columns)
             yield Slab(here, _from_column(start, rows), None, exponentials, (exponentials, peaks))
             start += saved.columns
+    if saved is not None and saved.spare is not None:
+        room = saved.spare.view(_dz_dtype(rows.hidden))
+        for first in range(start, vocab, saved.columns):
+            columns = min(saved.columns, vocab - first)
+            yield Slab(slice(first, first + columns), _from_column(first, rows), None, room)
+        return
     own = start
     if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
         for lent_columns in range(vocab // columns * columns, 0, -columns):

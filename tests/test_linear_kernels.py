@@ -111,19 +111,25 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "width", "vocab", "options", "tma", "needs", "saved"),
+    ("rows", "width", "vocab", "options", "tma", "needs", "spare", "saved"),
     [
-        (30, 32, 400, (), True, (True, True, True), 4),
-        (30, 32, 400, (0.7, 0.3, 5.0), False, (True, True, True), 4),
-        (30, 32, 400, (), True, (True, False, False), 4),
-        (30, 32, 400, (), True, (False, True, False), 4),
+        (30, 32, 400, (), True, (True, True, True), None, 4),
+        (30, 32, 400, (0.7, 0.3, 5.0), False, (True, True, True), None, 4),
+        (30, 32, 400, (), True, (True, False, False), None, 4),
+        (30, 32, 400, (), True, (False, True, False), None, 4),
         # more rows than the width, and fewer; a memory that ends anywhere; one too small
-        (70, 24, 397, (1.3,), True, (True, True, True), 1),
-        (5, 48, 397, (1.3,), False, (True, True, True), 11),
-        (300, 16, 130, (), True, (True, True, True), 0),
+        (70, 24, 397, (1.3,), True, (True, True, True), None, 1),
+        (5, 48, 397, (1.3,), False, (True, True, True), None, 11),
+        (300, 16, 130, (), True, (True, True, True), None, 0),
+        # memory to spare: for a part, for everything, for nothing; a head that is frozen
+        (30, 32, 400, (), True, (True, True, True), 10_000, 1),
+        (30, 32, 397, (0.7, 0.3, 5.0), True, (True, False, False), 10**6, 1),
+        (30, 32, 400, (), True, (True, False, False), 100, 0),
     ],
 )
-def test_exponentials_saved_where_the_gradient_will_be(rows, width, vocab, options, tma, needs, saved, monkeypatch):
+def test_exponentials_saved_where_the_gradient_will_be(
+    rows, width, vocab, options, tma, needs, spare, saved, monkeypatch
+):
     from entropy_fast.kernels import linear_backward, linear_operands, linear_slabs
     from entropy_fast.kernels.linear_forward import linear_stats
     from entropy_fast.reference.rows import RowGradients
@@ -145,6 +151,9 @@ def test_exponentials_saved_where_the_gradient_will_be(rows, width, vocab, optio
     exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     expected = oracle(exact[0], exact[1], targets, exact[2], transform)
     memory = torch.full_like(weight, math.nan)
+    if spare is not None:
+        memory = torch.full_like(linear_slabs.spare_memory(spare, hidden, vocab, linear_operands.INTERPRETED), math.nan)
+        assert memory.nbytes <= spare
     stats, _ = linear_stats(hidden, weight, targets, bias, transform, memory=memory)
     plain, _ = linear_stats(hidden, weight, targets, bias, transform)
     assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
@@ -156,7 +165,7 @@ def test_exponentials_saved_where_the_gradient_will_be(rows, width, vocab, optio
         if needed:
             assert (a.double() - e).norm() <= 2e-3 * e.norm()
     assert len(made) == saved
-    if needs[1]:
+    if needs[1] and spare is None:
         assert got.weight.data_ptr() == memory.data_ptr()
 
 
@@ -190,12 +199,13 @@ def test_slabs_of_a_large_head(rows, width, vocab, lent, own):
 
 
 @interpreted
-def test_autograd_with_exponentials_saved(monkeypatch):
+@pytest.mark.parametrize("backward_memory", ["gradient", 10_000, 2**40])
+def test_autograd_with_exponentials_saved(backward_memory, monkeypatch):
     import entropy_fast as ef
-    from entropy_fast.functional import linear_operators, linear_reuse
+    from entropy_fast.functional import linear_operators, linear_saving
     from entropy_fast.kernels import linear, linear_backward, linear_slabs
 
-    for module in (linear_operators, linear_reuse):
+    for module in (linear_operators, linear_saving):
         monkeypatch.setattr(module, "implementation", lambda hidden, precision: linear)
     monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
     made, original = [], linear_backward.saved_dlogits
@@ -213,15 +223,15 @@ def test_autograd_with_exponentials_saved(monkeypatch):
         used = len(made)
         return out, gradients, torch.autograd.grad(loss, tensors[:2]), used, len(made)
 
-    def reusing(h, w):
-        return ef.linear_token_stats(h, w, targets, mask=mask, return_lse=True, reuse_gradient_memory=True)
+    def saving(h, w):
+        return ef.linear_token_stats(h, w, targets, mask=mask, return_lse=True, backward_memory=backward_memory)
 
     def exact(h, w):
         return [t.view(2, 6) for t in oracle(h.view(12, 32), w, targets.view(12), None, Transform())]
 
     from entropy_fast.reference.transform import Transform
 
-    out, first, again, used, used_twice = step(reusing, hidden, weight)
+    out, first, again, used, used_twice = step(saving, hidden, weight)
     assert used_twice == used > 0
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected, gradients, *_ = step(exact, *wide)
@@ -230,10 +240,12 @@ def test_autograd_with_exponentials_saved(monkeypatch):
     for a, b, e in zip(first, again, gradients, strict=True):
         assert (a.double() - e).norm() <= 2e-3 * e.norm()
         assert (b.double() - e).norm() <= 2e-3 * e.norm()
-    # a head that needs no gradient has no memory to lend
+    # a head that needs no gradient has no memory to lend, and nothing is left where there is no backward
     made.clear()
-    ef.linear_token_stats(hidden, weight.detach(), targets, reuse_gradient_memory=True).logprob.sum().backward()
-    assert not made
+    ef.linear_token_stats(hidden, weight.detach(), targets, backward_memory=backward_memory).logprob.sum().backward()
+    assert bool(made) == (backward_memory != "gradient")
+    with torch.no_grad():
+        assert ef.linear_token_stats(hidden, weight, targets, backward_memory=backward_memory).logprob.grad_fn is None
 
 
 @pytest.mark.parametrize(
@@ -245,7 +257,7 @@ def test_what_is_saved_stays_until_it_is_used(rows, width, vocab, slabs):
     from entropy_fast.kernels.linear_slabs import Rows, all_slabs, saved_in
 
     memory = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
-    saved = saved_in(memory, rows, HOPPER)
+    saved = saved_in(memory, vocab, rows, HOPPER)
     hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
     of_rows = Rows(hidden, None, torch.empty(rows, dtype=torch.int64, device="meta"), None)
     plan = list(all_slabs(of_rows, vocab, HOPPER, memory, saved))

@@ -124,7 +124,8 @@ def test_only_what_needs_a_gradient_is_computed(device, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("options", TRANSFORMS)
-def test_gradients_in_reused_memory_match_float64(device, dtype, options):
+@pytest.mark.parametrize("memory", ["gradient", 2**22])
+def test_gradients_with_saved_exponentials_match_float64(device, dtype, options, memory):
     vocab = 30000 if device == "cuda" else 501
     hidden, weight, targets, b = problem(200, vocab=vocab, dtype=dtype, device=device, bias=True, spread=0.3)
     hidden[:50] += 3 * weight[targets[:50]]
@@ -133,9 +134,9 @@ def test_gradients_in_reused_memory_match_float64(device, dtype, options):
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
     options = options | {"return_lse": True}
     recomputed = ef.linear_token_stats(*tensors, **options)
-    reused = ef.linear_token_stats(*tensors, **options, reuse_gradient_memory=True)
-    assert all(torch.equal(a, b) for a, b in zip(reused, recomputed, strict=True))
-    got = gradients(ef.linear_token_stats, tensors, weights, **options, reuse_gradient_memory=True)
+    saving = ef.linear_token_stats(*tensors, **options, backward_memory=memory)
+    assert all(torch.equal(a, b) for a, b in zip(saving, recomputed, strict=True))
+    got = gradients(ef.linear_token_stats, tensors, weights, **options, backward_memory=memory)
     options.pop("return_lse")
     for a, e in zip(got, gradients(oracle, exact, weights, **options), strict=True):
         # as without; what is saved has half a unit of fp16
@@ -160,9 +161,11 @@ def test_reused_memory_is_the_gradient_s_own():
         return held, torch.cuda.max_memory_allocated() - before
 
     peak()
-    (held, most), (held_reusing, most_reusing) = peak(), peak(reuse_gradient_memory=True)
-    assert most_reusing <= most + 2**20
-    assert held_reusing - held <= weight.nbytes + 2**20
+    (held, most), (held_saving, most_saving) = peak(), peak(backward_memory="gradient")
+    assert most_saving <= most + 2**20
+    assert held_saving - held <= weight.nbytes + 2**20
+    held_saving, _ = peak(backward_memory=2**23)
+    assert held_saving - held <= 2**23 + 2**20
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -453,7 +456,9 @@ def test_second_derivative_is_refused():
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"precision": "double"}, "precision must be one of"),
         ({"max_dropped_mass": 1.0}, r"max_dropped_mass must be in \[0, 1\)"),
-        ({"max_dropped_mass": 1e-3, "reuse_gradient_memory": True}, r"max_dropped_mass=0.001 do not go together"),
+        ({"backward_memory": "all"}, "backward_memory must be \"gradient\" or a number of bytes, got 'all'"),
+        ({"backward_memory": -1}, "backward_memory must be .* got -1"),
+        ({"max_dropped_mass": 1e-3, "backward_memory": "gradient"}, r"max_dropped_mass=0.001 do not go together"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -7,7 +7,7 @@ import torch
 from entropy_fast.errors import InputError
 from entropy_fast.functional import linear_operators
 from entropy_fast.functional import validation as check
-from entropy_fast.functional.linear_reuse import can_reuse, linear_stats_reusing
+from entropy_fast.functional.linear_saving import linear_stats_saving, memory_for
 from entropy_fast.functional.token import as_tensor
 from entropy_fast.functional.types import TokenStats
 
@@ -37,7 +37,7 @@ def linear_token_stats(
     precision: str = "exact",
     return_lse: bool = False,
     max_dropped_mass: float = 0.0,
-    reuse_gradient_memory: bool = False,
+    backward_memory: str | int = 0,
 ) -> TokenStats:
     """Log-prob of each target and entropy of each position, straight from hidden states and the head.
 
@@ -65,11 +65,12 @@ def linear_token_stats(
         max_dropped_mass: opt-in filtering of the gradient, in [0, 1): a position's dz is taken for 0 in slabs of the
             vocabulary that hold at most this much probability together, never the target's. Confident positions then
             cost almost nothing in the backward. 0 (default) is exact.
-        reuse_gradient_memory: opt-in to a faster backward: the memory that the head's gradient will take is allocated
-            in the forward already, which leaves exponentials there, of about width / rows of the vocabulary, that the
-            backward need not compute again; up to one GEMM of four. From forward to backward it holds as many bytes as
-            the head has. For a 16-bit head that needs a gradient, on a GPU, outside torch.compile; elsewhere nothing
-            changes. Not with max_dropped_mass.
+        backward_memory: opt-in to a faster backward: memory in which the forward leaves exponentials that the backward
+            need not compute again, up to one GEMM of four (with a frozen head of three). "gradient": that which the
+            head's gradient will take, allocated in the forward already; it has room for about width / rows of the
+            vocabulary. A number: so many bytes beside; 2 · rows · vocab holds everything. Held from forward to
+            backward. For 16-bit heads on a GPU, outside torch.compile; elsewhere nothing changes. Not with
+            max_dropped_mass.
 
     Returns:
         TokenStats(logprob, entropy, lse), each (...), nats, float32 (float64 for float64 inputs); lse is None unless
@@ -82,13 +83,13 @@ def linear_token_stats(
             active position: on a CPU the error names it; on a GPU, where looking would stall the stream, its logprob,
             entropy and gradient are NaN.
     """
-    _check(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision)
+    _check(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, backward_memory)
     if not 0.0 <= max_dropped_mass < 1.0:
         raise InputError(f"max_dropped_mass must be in [0, 1), got {max_dropped_mass}; 0 computes every gradient")
-    if reuse_gradient_memory and max_dropped_mass > 0:
+    if backward_memory and max_dropped_mass > 0:
         raise InputError(
-            f"reuse_gradient_memory and max_dropped_mass={max_dropped_mass} do not go together: a filtered backward "
-            "needs few of the exponentials; leave one of them out"
+            f"backward_memory={backward_memory!r} and max_dropped_mass={max_dropped_mass} do not go together: a "
+            "filtered backward needs few of the exponentials; leave one of them out"
         )
     shape = targets.shape
     # each operation spared is a twentieth of a small call
@@ -97,8 +98,9 @@ def linear_token_stats(
         mask = None if mask is None else mask.reshape(-1)
     inputs = (hidden, weight, targets, bias, mask, as_tensor(temperature), scale, softcap, precision)
     dropped = None
-    if reuse_gradient_memory and can_reuse(hidden, weight, precision):
-        logprob, entropy, peak, log_sum = linear_stats_reusing(*inputs)
+    memory = memory_for(backward_memory, hidden, weight, bias, precision) if backward_memory else None
+    if memory is not None:
+        logprob, entropy, peak, log_sum = linear_stats_saving(memory, *inputs)
     else:
         logprob, entropy, peak, log_sum, dropped, _ = linear_operators.linear_stats(
             *inputs, max_dropped_mass, for_backward=return_lse
@@ -124,6 +126,7 @@ def _check(
     scale: float,
     softcap: float | None,
     precision: str,
+    backward_memory: str | int,
 ) -> None:
     if hidden.dtype not in check.FLOATING or hidden.ndim < 1:
         raise InputError(
@@ -144,5 +147,9 @@ def _check(
     check.check_bias(bias, weight.shape[0])
     check.check_devices(hidden.device, "hidden", weight=weight, targets=targets, bias=bias, mask=mask)
     check.check_transform(temperature, scale, softcap)
+    if not (backward_memory == "gradient" or (isinstance(backward_memory, int) and backward_memory >= 0)):
+        raise InputError(
+            f'backward_memory must be "gradient" or a number of bytes, got {backward_memory!r}; 0 for none'
+        )
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
