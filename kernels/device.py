@@ -105,3 +105,15 @@ def absorb(x, m, s, r, e, alpha):
     e = c * tl.fma(move, s, e) + tl.sum(tl.sum(weighted, 2), 0)
     s = s * c + tl.sum(tl.sum(p, 2), 0)
     return top, s, r, e
+
+
+@triton.jit
+def left_at(left, SHAPE: tl.constexpr, SIZE: tl.constexpr):
+    """Of `left` elements of a block, how many are left where each of its items [UNROLL, LANES, WIDTH] begins.
+
+    An item is SIZE elements. A lane's items differ by constants, so none takes a register outside the block that asks.
+    """
+    lanes = left - tl.arange(0, SHAPE[1]) * (SHAPE[2] * SIZE)
+    steps = tl.arange(0, SHAPE[0]) * (SHAPE[1] * SHAPE[2] * SIZE)
+    items = tl.arange(0, SHAPE[2]) * SIZE
+    return lanes[None, :, None] - steps[:, None, None] - items[None, None, :]

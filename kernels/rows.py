@@ -13,8 +13,10 @@ vocabulary alone, and segments merge in order: in the one program that holds the
 the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
 bits depend neither on the number of rows nor on its place.
 
-16-bit rows that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (`load_words`):
-each element that is loaded by itself would hold a register while in flight.
+One loop takes all blocks of a row, the last, partial one too, and requests the target's logit with the first: nothing
+waits for memory after it. 16-bit logits without bias or softcap stay in words of two until they are added (PAIRS, see
+`rows_pairs`). 16-bit rows that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next
+(WORDS, see `load_words`): each element that is loaded by itself would hold a register while in flight.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import LOG2E, absorb, log_of_sum, merge, merge_lanes, tanh
+from entropy_fast.kernels.device import LOG2E, absorb, left_at, log_of_sum, merge, merge_lanes, tanh
 from entropy_fast.kernels.launch import Repeated, Variant, empties
 from entropy_fast.kernels.plan import (
     BLOCK,
@@ -36,7 +38,15 @@ from entropy_fast.kernels.plan import (
     list_launch,
     plan_sequences,
 )
-from entropy_fast.kernels.settings import Settings, forward_settings, multiprocessors, registers, vector_width
+from entropy_fast.kernels.rows_pairs import absorb_pairs, halves, keep_first
+from entropy_fast.kernels.settings import (
+    Settings,
+    forward_settings,
+    multiprocessors,
+    registers,
+    takes_pairs,
+    vector_width,
+)
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
@@ -53,10 +63,25 @@ def empty_sets(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def after_bias_and_softcap(x, bias_ptr, start, cols, inside, squeeze, SOFTCAP: tl.constexpr):
-    """w of the columns `start + cols`; `inside` masks the bias's load."""
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + start + cols, mask=inside, other=None if inside is None else 0.0).to(x.dtype)
+def load_up_to(pointer, left, BLOCK: tl.constexpr, PIPELINED: tl.constexpr, POLICY: tl.constexpr):
+    """Elements [BLOCK], the first `left` of them read.
+
+    Loads in branches are not pipelined, so those that shall be have a mask in every block. Where each element has a
+    load of its own, and so a mask, only the last block has them.
+    """
+    place = tl.arange(0, BLOCK)
+    if PIPELINED:
+        x = tl.load(pointer + place, mask=place < left, other=0, eviction_policy=POLICY)
+    elif left >= BLOCK:
+        x = tl.load(pointer + place, eviction_policy=POLICY)
+    else:
+        x = tl.load(pointer + place, mask=place < left, other=0, eviction_policy=POLICY)
+    return x
+
+
+@triton.jit
+def softcapped(x, squeeze, SOFTCAP: tl.constexpr):
+    """w of x, which holds the bias already."""
     if SOFTCAP:
         x = tanh(x * squeeze)
     return x
@@ -75,27 +100,20 @@ def load_word(words_ptr, word, skip, phase, left):
 
 
 @triton.jit
-def two_elements(low, high, phase, element: tl.constexpr):
-    """The 16-bit elements `phase` and `phase` + 1 of the four in two words, in float32."""
+def shifted(low, high, phase):
+    """The 16-bit elements `phase` and `phase` + 1 of the four in two words, as a word."""
     both = low.to(tl.uint32, bitcast=True).to(tl.uint64) | (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
     # one funnel shift
-    pair = (both >> (16 * phase).to(tl.uint64)).to(tl.uint32)
-    if element == tl.bfloat16:
-        first = (pair << 16).to(tl.float32, bitcast=True)
-        second = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        first = pair.to(tl.uint16).to(element, bitcast=True).to(tl.float32)
-        second = (pair >> 16).to(tl.uint16).to(element, bitcast=True).to(tl.float32)
-    return first, second
+    return (both >> (16 * phase).to(tl.uint64)).to(tl.int32)
 
 
 @triton.jit
-def load_words(words_ptr, phase, left, element: tl.constexpr, BLOCK: tl.constexpr):
-    """16-bit elements [BLOCK] of a row in float32, at `phase` (0 or 1) elements after `words_ptr`; a lane takes eight.
+def load_words(words_ptr, phase, left, BLOCK: tl.constexpr):
+    """16-bit elements [BLOCK] of a row in words of two, at `phase` (0 or 1) elements after `words_ptr`.
 
-    Pairs of elements may lie across two words. The fifth word is loaded at `phase` words after the fourth, so where the
-    row starts on 4 bytes it is the same one, and no word is read that holds nothing of the row; words of memory begin
-    and end where allocations do.
+    A lane takes eight elements. Their pairs may lie across two words. The fifth word is loaded at `phase` words after
+    the fourth, so where the row starts on 4 bytes it is the same one, and no word is read that holds nothing of the
+    row; words of memory begin and end where allocations do.
     """
     word = tl.arange(0, BLOCK // 8) * 4
     a = load_word(words_ptr, word, 0, phase, left)
@@ -103,32 +121,48 @@ def load_words(words_ptr, phase, left, element: tl.constexpr, BLOCK: tl.constexp
     c = load_word(words_ptr, word, 2, phase, left)
     d = load_word(words_ptr, word, 3, phase, left)
     last = load_word(words_ptr, word, 3 + phase, phase, left)
-    e0, e1 = two_elements(a, b, phase, element)
-    e2, e3 = two_elements(b, c, phase, element)
-    e4, e5 = two_elements(c, d, phase, element)
-    e6, e7 = two_elements(d, last, phase, element)
-    even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
-    odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
-    return tl.reshape(tl.join(even, odd), [BLOCK])
+    even = tl.join(shifted(a, b, phase), shifted(c, d, phase))
+    odd = tl.join(shifted(b, c, phase), shifted(d, last, phase))
+    return tl.reshape(tl.join(even, odd), [BLOCK // 2])
+
+
+@triton.jit
+def elements(words, element: tl.constexpr):
+    """The 16-bit elements of words [N] in float32, [2 N]."""
+    first, second = halves(words, element)
+    return tl.reshape(tl.join(first, second), [2 * words.shape[0]])
 
 
 @triton.jit
 def load_block(
-    row_ptr, words_ptr, phase, start, left, BLOCK: tl.constexpr, WORDS: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """Elements [BLOCK] of a row from `start` on; where `left` is not None, only so many are read.
+    row_ptr,
+    words_ptr,
+    phase,
+    start,
+    left,
+    loaded,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PIPELINED: tl.constexpr,
+):
+    """Elements [BLOCK] of a row from `start` on, of which `left` exist; with PAIRS as words [BLOCK // 2] of two.
 
-    Of one dimension, so that a vector stays in one thread, whatever layout the compiler likes for three.
+    `loaded` is `left` rounded up to whole loads: as many elements may be read. Of one dimension, so that a vector stays
+    in one thread, whatever layout the compiler likes for three.
     """
     if WORDS:
-        w = load_words(words_ptr + start // 2, phase, left, row_ptr.dtype.element_ty, BLOCK)
-    else:
-        place = tl.arange(0, BLOCK)
-        if left is None:
-            w = tl.load(row_ptr + start + place, eviction_policy="evict_first")
+        if left < BLOCK:
+            w = load_words(words_ptr + start // 2, phase, left, BLOCK)
         else:
-            w = tl.load(row_ptr + start + place, mask=place < left, other=0.0, eviction_policy="evict_first")
-    return w.to(ACC)
+            w = load_words(words_ptr + start // 2, phase, None, BLOCK)
+        if not PAIRS:
+            w = elements(w, row_ptr.dtype.element_ty)
+    elif PAIRS:
+        w = load_up_to(words_ptr + start // 2, loaded // 2, BLOCK // 2, PIPELINED, "evict_first")
+    else:
+        w = load_up_to(row_ptr + start, loaded, BLOCK, PIPELINED, "evict_first")
+    return w
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences"])
@@ -159,6 +193,8 @@ def row_stats_kernel(
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
     INCLUDE_EOS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -183,9 +219,10 @@ def row_stats_kernel(
         stride_inner = stride_inner // WIDTH * WIDTH
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
-    place = tl.arange(0, BLOCK)
-    whole_blocks = vocab // BLOCK
-    per_segment = tl.cdiv(tl.cdiv(vocab, BLOCK), SEGMENTS)
+    # what may be read of a row: whole loads, which end within the 16 bytes that hold its last element
+    loaded = tl.cdiv(vocab, WIDTH) * WIDTH
+    blocks = tl.cdiv(vocab, BLOCK)
+    per_segment = tl.cdiv(blocks, SEGMENTS)
     if active_ptr is not None:
         rows = tl.load(counters_ptr)
     parts = tl.where(rows < split_below, SEGMENTS, 1)
@@ -216,38 +253,54 @@ def row_stats_kernel(
             address = row_ptr.to(tl.int64)
             phase = (address % 4 // 2).to(tl.int32)
             words_ptr = (address // 4 * 4).to(tl.pointer_type(tl.int32))
+        elif PAIRS:
+            words_ptr = row_ptr.to(tl.pointer_type(tl.int32))
 
         # sums of the segment at hand and, where there are several, of those that are finished
         m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
+        # NaN, as for a target that is no token, until it is known
+        raw_target = tl.full([], float("nan"), logits_ptr.dtype.element_ty)
         first = part * per_segment
-        last = tl.where(parts == 1, whole_blocks, min(first + per_segment, whole_blocks))
+        last = tl.where(parts == 1, blocks, min(first + per_segment, blocks))
         to_merge = per_segment
-        for block in tl.range(first, last, num_stages=STAGES):
+        # one block at least, even behind the row's end: with the first the target's logit is requested
+        for block in tl.range(first, max(last, first + 1), num_stages=STAGES):
             start = block * BLOCK
-            w = load_block(row_ptr, words_ptr, phase, start, None, BLOCK, WORDS, ACC)
-            w = after_bias_and_softcap(w, bias_ptr, start, place, None, squeeze, SOFTCAP)
-            m, s, r, e = absorb(tl.reshape(w, [UNROLL, LANES, WIDTH]), m, s, r, e, alpha)
+            left = vocab - start
+            w = load_block(row_ptr, words_ptr, phase, start, left, loaded - start, BLOCK, PAIRS, WORDS, STAGES > 1)
+            if block == first:
+                known = (target >= 0) & (target < vocab)
+                raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
+            if PAIRS:
+                w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
+                if left < BLOCK:
+                    w = keep_first(w, left, row_ptr.dtype.element_ty)
+                m, s, r, e = absorb_pairs(w, m, s, r, e, alpha, row_ptr.dtype.element_ty, PACKED)
+            else:
+                w = w.to(ACC)
+                if bias_ptr is not None:
+                    w += load_up_to(bias_ptr + start, left, BLOCK, EVEN and STAGES > 1, "").to(ACC)
+                w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
+                # absorbed in either branch: before a common one the compiler makes the first a select an element
+                if left < BLOCK:
+                    w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
+                    m, s, r, e = absorb(w, m, s, r, e, alpha)
+                else:
+                    m, s, r, e = absorb(w, m, s, r, e, alpha)
             if SEGMENTS > 1:
                 to_merge -= 1
                 if to_merge == 0:
                     to_merge = per_segment
                     m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
                     m, s, r, e = empty_sets(LANES, ACC)
-        holds_tail = (parts == 1) | ((first <= whole_blocks) & (whole_blocks < first + per_segment))
-        if holds_tail & (whole_blocks * BLOCK < vocab):
-            start = whole_blocks * BLOCK
-            left = vocab - start
-            inside = place < left
-            w = load_block(row_ptr, words_ptr, phase, start, left, BLOCK, WORDS, ACC)
-            w = after_bias_and_softcap(w, bias_ptr, start, place, inside, squeeze, SOFTCAP)
-            w = tl.where(inside, w, -float("inf"))
-            m, s, r, e = absorb(tl.reshape(w, [UNROLL, LANES, WIDTH]), m, s, r, e, alpha)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
 
-        known = (target >= 0) & (target < vocab)
-        w_target = tl.load(row_ptr + target, mask=known, other=0.0).to(ACC)
-        w_target = after_bias_and_softcap(w_target, bias_ptr, 0, target, known, squeeze, SOFTCAP)
+        w_target = raw_target.to(ACC)
+        if bias_ptr is not None:
+            known = (target >= 0) & (target < vocab)
+            w_target += tl.load(bias_ptr + target, mask=known, other=float("nan")).to(ACC)
+        w_target = softcapped(w_target, squeeze, SOFTCAP)
         complete = parts == 1
         if SEGMENTS > 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if parts > 1:
@@ -271,8 +324,8 @@ def row_stats_kernel(
                         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
         if complete:
             peak, s_all, r_all, e_all = merge_lanes(m_row, s_row, r_row, e_row, alpha)
-            # no finite logit: s is 0; NaN or +inf among them: s is NaN; a target that is no token: NaN as well
-            s_all = tl.where((s_all > 0) & known, s_all, float("nan"))
+            # no finite logit: s is 0; NaN or +inf among them: s is NaN; a target that is no token: its logit is NaN
+            s_all = tl.where((s_all > 0) & (w_target == w_target), s_all, float("nan"))
             log_sum = log_of_sum(s_all, r_all)
             tl.store(logprob_ptr + row, k * (w_target - peak) - log_sum)
             tl.store(entropy_ptr + row, log_sum - k * e_all / s_all)
@@ -350,7 +403,7 @@ def sequence_stats(
         transform: what turns `logits + bias` into the logits of the softmax.
         settings: launch settings; from the table by default.
     """
-    settings = settings or forward_settings(logits)
+    settings = settings or forward_settings(logits, is_plain(bias, transform))
     with torch.cuda.device_of(logits):
         forward = Forward(logits, tokens, None, bias, transform, settings, include_eos=include_eos, sequences=True)
         out = forward.empty_stats()
@@ -363,6 +416,11 @@ def sequence_stats(
         if tokens.numel() > 0:
             forward.launch(logits, tokens, None, bias, out, active, sequences)
     return out, sequences
+
+
+def is_plain(bias: torch.Tensor | None, transform: Transform) -> bool:
+    """Whether neither bias nor softcap comes before the softmax."""
+    return bias is None and transform.softcap is None
 
 
 @cache
@@ -398,7 +456,8 @@ class Forward:
         include_eos: bool = True,
         sequences: bool = False,
     ) -> None:
-        settings = settings or forward_settings(logits)
+        plain = is_plain(bias, transform)
+        settings = settings or forward_settings(logits, plain)
         self._device = device = logits.device
         self._rows = rows = targets.numel()
         self._for_backward = for_backward
@@ -434,6 +493,7 @@ class Forward:
                 logits.element_size(),
                 vector_width(logits),
                 vocab,
+                takes_pairs(logits, plain),
                 bias is not None,
                 transform.softcap is not None,
                 sequences,
@@ -502,6 +562,7 @@ def _variant(
     itemsize: int,
     width: int,
     vocab: int,
+    pairs: bool,
     has_bias: bool,
     softcap: bool,
     sequences: bool,
@@ -518,6 +579,8 @@ def _variant(
             "ACC": TRITON_DTYPE[dtype],
             "SOFTCAP": softcap,
             "EVEN": not words and vocab % width == 0,
+            "PAIRS": pairs and (words or width > 1),
+            "PACKED": device.type == "cuda" and torch.version.hip is None,
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
             "SEGMENTS": settings.segments,

@@ -29,6 +29,10 @@ def small(segments=3, split=100, words=False):
     return Settings(2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split, words=words)
 
 
+# bf16 without bias and softcap is read in words of two
+with_pairs = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
 def reference(logits, targets, mask=None, bias=None, transform=None):
     """The plain-torch statistics in float64, shaped like the targets."""
     from entropy_fast.reference import rows
@@ -67,16 +71,17 @@ def test_forward_matches_float64(dtype, options, vocab, segments):
 
 
 @interpreted
-def test_minus_infinity_nan_and_outside_targets():
+@with_pairs
+def test_minus_infinity_nan_and_outside_targets(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    logits = 3 * torch.randn(1, 9, 100)
+    logits = (3 * torch.randn(1, 9, 100)).to(dtype)
     targets = torch.randint(40, 60, (1, 9))
     logits[0, 0, :30] = logits[0, 1, 70:] = logits[0, 2, 3:40] = -math.inf
     logits[0, 3, 7], logits[0, 4, 99], logits[0, 5] = math.nan, math.inf, -math.inf
     logits[0, 6, 50], targets[0, 6] = -math.inf, 50
-    logits[0, 7] = torch.finfo(torch.float32).min
-    logits[0, 8, 10:] = torch.finfo(torch.float32).min
+    logits[0, 7] = torch.finfo(dtype).min
+    logits[0, 8, 10:] = torch.finfo(dtype).min
     expected = reference(logits, targets)
     for segments, split in ((1, 0), (3, 0), (3, 100)):
         assert_close(row_stats(logits, targets, None, None, _plain(), small(segments, split)), expected, 3e-6)
@@ -93,12 +98,13 @@ def _plain():
 
 
 @interpreted
-def test_a_confident_row_keeps_its_digits():
+@with_pairs
+def test_a_confident_row_keeps_its_digits(dtype):
     from entropy_fast.kernels.rows import row_stats
 
     for gap in (5.0, 18.5, 40.0):
-        for offset in (0.0, 200.0):
-            logits = torch.full((1, 1, 100), offset - gap)
+        for offset in (0.0, 64.0):
+            logits = torch.full((1, 1, 100), offset - gap, dtype=dtype)
             logits[0, 0, 57] = offset
             out = row_stats(logits, torch.tensor([[57]]), None, None, _plain(), small())
             rest = 99 * math.exp(-gap)
@@ -107,10 +113,11 @@ def test_a_confident_row_keeps_its_digits():
 
 
 @interpreted
-def test_masks_splits_and_batches_leave_the_bits_alone():
+@with_pairs
+def test_masks_splits_and_batches_leave_the_bits_alone(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
+    logits, targets = (3 * torch.randn(2, 4, 150)).to(dtype), torch.randint(150, (2, 4))
     mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
     whole = row_stats(logits, targets, None, None, _plain(), small(split=0))
     split = row_stats(logits, targets, None, None, _plain(), small(split=100))
@@ -182,10 +189,11 @@ def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segments):
 
 
 @interpreted
-def test_masked_rows_of_one_segment_need_no_list():
+@with_pairs
+def test_masked_rows_of_one_segment_need_no_list(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    logits, targets = 3 * torch.randn(2, 4, 150), torch.randint(150, (2, 4))
+    logits, targets = (3 * torch.randn(2, 4, 150)).to(dtype), torch.randint(150, (2, 4))
     whole = row_stats(logits, targets, None, None, _plain(), small(1))
     for mask in (torch.rand(2, 4) < 0.5, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)):
         dirty, nowhere = logits.clone(), targets.clone()
@@ -197,10 +205,36 @@ def test_masked_rows_of_one_segment_need_no_list():
 
 
 @interpreted
-def test_strides():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("vocab", [1, 2, 6, 63, 64, 128, 130, 131])
+def test_words_of_two(dtype, vocab, segments):
+    """With blocks of 64: parts of a block, whole ones, both; more segments than blocks; odd ends in aligned rows."""
+    from entropy_fast.kernels.rows import Forward, row_stats
+
+    # behind every row lies what would show if it were part of it
+    base = torch.full((1, 6, 136), math.nan, dtype=dtype)
+    logits = base[..., :vocab].copy_(3 * torch.randn(1, 6, vocab))
+    targets = torch.randint(vocab, (1, 6))
+    logits[0, 1, ::2], logits[0, 2, 1::2] = -math.inf, -math.inf
+    logits[0, 3, 0], logits[0, 4, vocab - 1], logits[0, 5] = math.nan, math.nan, math.nan
+    targets[0, 0] = vocab - 1
+    for settings in (small(segments, 0), small(segments, 100)):
+        forward = Forward(logits, targets, None, None, _plain(), settings)
+        assert forward._kernel._rest[2].constants["PAIRS"]
+        assert_close(forward(logits, targets, None, None), reference(logits, targets), 3e-6)
+    logits[0, 3], logits[0, 4, vocab // 2] = -math.inf, math.inf
+    out = row_stats(logits, targets, None, None, _plain(), small(segments))
+    assert out.logprob[0, 3:].isnan().all()
+    assert out.entropy[0, 3:].isnan().all()
+
+
+@interpreted
+@with_pairs
+def test_strides(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    base = 3 * torch.randn(4, 5, 120)
+    base = (3 * torch.randn(4, 5, 120)).to(dtype)
     for view in (base[:, :-1], base[:, 1:], base[..., :104], base[..., 3:90], base.transpose(0, 1), base[::2, ::3]):
         targets = torch.randint(view.shape[-1], view.shape[:2])
         assert_close(row_stats(view, targets, None, None, _plain(), small()), reference(view, targets), 3e-6)
@@ -253,7 +287,8 @@ def test_sequences(include_eos, stop_at_eos):
     from entropy_fast.reference.masks import Counting, generated_columns, token_masks
 
     n, t, vocab = 5, 11, 37
-    logits, tokens = torch.randn(n, t, vocab), torch.randint(6, (n, t))
+    dtype = torch.bfloat16 if stop_at_eos else torch.float32
+    logits, tokens = torch.randn(n, t, vocab + 3).to(dtype)[..., :vocab], torch.randint(6, (n, t))
     attention_mask = torch.rand(n, t) < 0.9
     lens = torch.randint(1, t, (n,))
     attention_mask[3] = False
@@ -302,8 +337,9 @@ def test_exact_forms_near_zero():
 
 TARGETS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 COMPILATIONS = [(target, "*bf16", True) for target in TARGETS if target[1] != 90]
+COMPILATIONS += [(target, "*bf16", False) for target in TARGETS if target[1] != 90]
 COMPILATIONS += [
-    (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp32", "*fp64") for everything in (False, True)
+    (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp16", "*fp32", "*fp64") for everything in (False, True)
 ]
 SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
 SCALARS = dict.fromkeys(
@@ -352,19 +388,22 @@ def _compile(kernel, logits_type, constants, target, **options):
 def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True, settings=None):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
-    from entropy_fast.kernels.settings import forward_settings
+    from entropy_fast.kernels.settings import forward_settings, takes_pairs
 
     itemsize = int(logits_type[-2:]) // 8
-    dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32, "*fp64": torch.float64}[logits_type]
+    dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*fp64": torch.float64}
+    dtype = dtypes[logits_type]
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
-    settings = settings or forward_settings(rows)
+    plain = not bias and not softcap
+    settings = settings or forward_settings(rows, plain)
     arithmetic = torch.float64 if itemsize == 8 else torch.float32
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
     flags = (bias, softcap, sequences, True)
-    variant = _variant(settings, arithmetic, itemsize, width, odd, *flags, torch.device("cuda"))
+    pairs = takes_pairs(rows, plain)
+    variant = _variant(settings, arithmetic, itemsize, width, odd, pairs, *flags, torch.device("cuda"))
     absent = ["mask_ptr"] if bias else ["mask_ptr", "bias_ptr"]
     absent += [] if settings.segments > 1 else ["partials_ptr"]
     if not sequences:
@@ -382,16 +421,23 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
             variant, constants = _forward_variant(
                 logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
             )
-            options = {k: v for k, v in variant.options.items() if k != "maxnreg" or target[0] == "cuda"}
+            options = variant.options
+            if target[0] == "hip":
+                options = {k: v for k, v in options.items() if k != "maxnreg"}
+                constants |= {"PACKED": False}
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **options)
             if target == ("cuda", 90):
                 # two registers, once a row, are the price of an eighth program where rows start anywhere
                 allowed = 8 if "maxnreg" in options and not aligned else 0
                 assert stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
-            if target[0] == "cuda" and aligned:
-                assert re.search(
-                    r"cp\.async\.cg|ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]
-                )
+            if target[0] == "cuda":
+                ptx = compiled.asm["ptx"]
+                # 16-byte loads; all stages but two are in flight while one is added
+                stages = variant.constants["STAGES"] - 2
+                waits = rf"cp\.async\.wait_group\s+(0x)?{stages * (2 if everything else 1)}\b"
+                assert not aligned or ("cp.async.cg" in ptx and re.search(waits, ptx))
+                pairs = logits_type[-2:] == "16" and not everything
+                assert ("max.bf16x2" in ptx or "max.f16x2" in ptx) == pairs
 
 
 @compiles
