@@ -1,7 +1,7 @@
 """Hidden states and head to log-prob and entropy, against bare GEMMs and peers.
 
     python -m bench linear [--shapes llama-3-8b 128x4096x128256 ...] [--ops forward backward frozen first]
-                           [--impls NAME ...] [--dtype bfloat16] [--flat-only] [--rounds 10]
+                           [--impls NAME ...] [--dtype bfloat16] [--distributions flat] [--rounds 10]
                            [--out bench/results/h100-linear.json [--append]]
 
 Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
@@ -63,6 +63,7 @@ SHAPES = {
 OPS = {"forward": (1, "forward"), "backward": (4, "forward+backward"), "frozen": (3, "forward+backward, frozen head")}
 PACKAGES = ("torch", "triton", "entropy_fast", "trl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl")
 CHECKED_ROWS = 128
+DISTRIBUTIONS = ("flat", "rollouts")
 # up to here the head's bytes are what a forward costs
 FEW_ROWS = 256
 BACKWARD_ALONE = ("entropy_fast reusing", "entropy_fast, 1 GiB", "entropy_fast filtered")
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--impls", nargs="+", metavar="NAME", help="of those in the table; the floor is always there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--flat-only", action="store_true", help="leave out the rows spread as in rollouts")
+    parser.add_argument("--distributions", nargs="+", default=DISTRIBUTIONS, choices=DISTRIBUTIONS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--append", action="store_true", help="keep the rows that the file has")
     options = parser.parse_args()
@@ -282,7 +283,8 @@ def main() -> None:
         torch._dynamo.reset()
         functions = implementations(shape, dtype)
         functions = {n: f for n, f in functions.items() if options.impls is None or n in options.impls}
-        for peaked in (False,) if options.flat_only else (False, True):
+        for distribution in options.distributions:
+            peaked = distribution == "rollouts"
             case = Case(shape, dtype, "cuda" if torch.cuda.is_available() else "cpu", peaked)
             for op in (op for op in OPS if op in options.ops):
                 measured = case.measure(op, functions, options.rounds)

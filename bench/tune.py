@@ -41,7 +41,7 @@ def candidates(segments: int, narrow: bool, vocab: int) -> list[Settings]:
         if unroll * lanes * 8 > max(vocab, 512):
             continue
         resident = 32 // warps
-        found += [Settings(unroll, lanes, warps, stages, segments, resident, 0, r) for r in (None, 64, 80)]
+        found += [Settings(unroll, lanes, warps, stages, segments, resident, 0, r, narrow) for r in (None, 64, 80)]
     return found
 
 

@@ -403,7 +403,7 @@ def sequence_stats(
         transform: what turns `logits + bias` into the logits of the softmax.
         settings: launch settings; from the table by default.
     """
-    settings = settings or forward_settings(logits, is_plain(bias, transform))
+    settings = settings or forward_settings(logits)
     with torch.cuda.device_of(logits):
         forward = Forward(logits, tokens, None, bias, transform, settings, include_eos=include_eos, sequences=True)
         out = forward.empty_stats()
@@ -457,7 +457,7 @@ class Forward:
         sequences: bool = False,
     ) -> None:
         plain = is_plain(bias, transform)
-        settings = settings or forward_settings(logits, plain)
+        settings = settings or forward_settings(logits)
         self._device = device = logits.device
         self._rows = rows = targets.numel()
         self._for_backward = for_backward

@@ -41,15 +41,14 @@ class BackwardSettings(NamedTuple):
     warps: int
 
 
-# (largest vocabulary, loads of less than 8 bytes or None for either, words of two or None for either, settings), the
-# first that fits; bf16 shapes chose them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
+# (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
+# them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
-        (2048, None, None, Settings(2, 32, 1, 3, 1, 32, 0)),
-        (2**31, True, None, Settings(2, 128, 4, 1, 4, 8, 1.0, 64, True)),
-        (65536, False, True, Settings(2, 128, 4, 6, 1, 8, 0, 64)),
-        (65536, False, False, Settings(1, 128, 4, 6, 1, 32, 0)),
-        (2**31, None, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
+        (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
+        (2**31, True, Settings(2, 128, 4, 1, 4, 8, 1.0, 64, True)),
+        (65536, False, Settings(2, 128, 4, 4, 1, 8, 0, 64)),
+        (2**31, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
@@ -82,20 +81,15 @@ def takes_pairs(logits: torch.Tensor, plain: bool) -> bool:
     return plain and logits.element_size() == 2
 
 
-def forward_settings(logits: torch.Tensor, plain: bool = True) -> Settings:
-    """The table's entry for these logits; for `plain` see `takes_pairs`."""
-    narrow = vector_width(logits) * logits.element_size() < 8
-    return _forward_settings(logits.shape[-1], narrow, takes_pairs(logits, plain))
+def forward_settings(logits: torch.Tensor) -> Settings:
+    """The table's entry for these logits."""
+    return _forward_settings(logits.shape[-1], vector_width(logits) * logits.element_size() < 8)
 
 
 @cache
-def _forward_settings(vocab: int, narrow: bool, pairs: bool) -> Settings:
+def _forward_settings(vocab: int, narrow: bool) -> Settings:
     table = FORWARD.get(gpu(), FORWARD["sm90"])
-    return next(
-        settings
-        for most, takes_narrow, takes_words, settings in table
-        if vocab <= most and takes_narrow in (narrow, None) and takes_words in (pairs, None)
-    )
+    return next(settings for most, takes, settings in table if vocab <= most and takes in (narrow, None))
 
 
 def backward_settings(itemsize: int) -> BackwardSettings:

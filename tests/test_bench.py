@@ -74,7 +74,7 @@ def test_linear_and_its_plot(tmp_path):
 
 
 def test_linear_measures_only_what_is_asked_for(tmp_path):
-    choice = ("--impls", "entropy_fast filtered", "--ops", "frozen", "--flat-only", "--rounds", "1")
+    choice = ("--impls", "entropy_fast filtered", "--ops", "frozen", "--distributions", "flat", "--rounds", "1")
     rows = result_of(tmp_path, "linear", "--shapes", "300x8x20", *choice)[0]["rows"]
     assert [row["impl"] for row in rows] == ["gemm", "entropy_fast filtered"]
     assert {(row["op"], row["distribution"]) for row in rows} == {("forward+backward, frozen head", "flat")}

@@ -396,7 +396,7 @@ def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=Fa
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
     plain = not bias and not softcap
-    settings = settings or forward_settings(rows, plain)
+    settings = settings or forward_settings(rows)
     arithmetic = torch.float64 if itemsize == 8 else torch.float32
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
