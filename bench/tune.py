@@ -29,7 +29,7 @@ from entropy_fast.kernels.settings import (
 from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
 
-# a vocabulary of each class: (of the table's order) small, odd, medium, large
+# a vocabulary of each class that bf16 logits have: small, odd, medium, large
 VOCABULARIES = (1024, 50257, 32000, 128256)
 
 

@@ -259,7 +259,8 @@ def row_stats_kernel(
         # sums of the segment at hand and, where there are several, of those that are finished
         m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
-        # NaN, as for a target that is no token, until it is known
+        known = (target >= 0) & (target < vocab)
+        # NaN where it is no token's, and until it is read
         raw_target = tl.full([], float("nan"), logits_ptr.dtype.element_ty)
         first = part * per_segment
         last = tl.where(parts == 1, blocks, min(first + per_segment, blocks))
@@ -270,7 +271,6 @@ def row_stats_kernel(
             left = vocab - start
             w = load_block(row_ptr, words_ptr, phase, start, left, loaded - start, BLOCK, PAIRS, WORDS, STAGES > 1)
             if block == first:
-                known = (target >= 0) & (target < vocab)
                 raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
             if PAIRS:
                 w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
@@ -298,7 +298,6 @@ def row_stats_kernel(
 
         w_target = raw_target.to(ACC)
         if bias_ptr is not None:
-            known = (target >= 0) & (target < vocab)
             w_target += tl.load(bias_ptr + target, mask=known, other=float("nan")).to(ACC)
         w_target = softcapped(w_target, squeeze, SOFTCAP)
         complete = parts == 1
