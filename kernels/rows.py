@@ -572,7 +572,7 @@ def _variant(
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
     # what does not fit into the limit would spill
-    crowded = itemsize == 8 or (narrow and (has_bias or softcap or sequences))
+    crowded = itemsize == 8 or ((narrow or settings.warps < 8) and (has_bias or softcap or sequences))
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
@@ -588,7 +588,7 @@ def _variant(
             "WIDTH": width,
             "WORDS": words,
             "STAGES": settings.stages,
-            "SUM_BLOCK": min(BLOCK, 256 * settings.warps),
+            "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
         num_warps=settings.warps,
         **registers(None if crowded else settings.registers, device),
