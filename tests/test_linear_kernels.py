@@ -207,6 +207,7 @@ def test_autograd_with_exponentials_saved(backward_memory, monkeypatch):
 
     for module in (linear_operators, linear_saving):
         monkeypatch.setattr(module, "implementation", lambda hidden, precision: linear)
+    monkeypatch.setattr(linear, "FEW_ROWS", 11)
     monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
     made, original = [], linear_backward.saved_dlogits
     monkeypatch.setattr(linear_backward, "saved_dlogits", lambda *a: made.append(1) or original(*a))
@@ -246,6 +247,11 @@ def test_autograd_with_exponentials_saved(backward_memory, monkeypatch):
     assert bool(made) == (backward_memory != "gradient")
     with torch.no_grad():
         assert ef.linear_token_stats(hidden, weight, targets, backward_memory=backward_memory).logprob.grad_fn is None
+    # few rows gain nothing
+    made.clear()
+    few = ef.linear_token_stats(hidden[:1], weight, targets[:1], backward_memory=backward_memory)
+    torch.autograd.grad(few.logprob.sum(), [hidden, weight])
+    assert not made
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_only_what_needs_a_gradient_is_computed(device, monkeypatch):
 @pytest.mark.parametrize("memory", ["gradient", 2**22])
 def test_gradients_with_saved_exponentials_match_float64(device, dtype, options, memory):
     vocab = 30000 if device == "cuda" else 501
-    hidden, weight, targets, b = problem(200, vocab=vocab, dtype=dtype, device=device, bias=True, spread=0.3)
+    hidden, weight, targets, b = problem(300, vocab=vocab, dtype=dtype, device=device, bias=True, spread=0.3)
     hidden[:50] += 3 * weight[targets[:50]]
     weights = list(torch.randn(3, len(targets), generator=torch.Generator().manual_seed(1)).to(device))
     tensors = [hidden.requires_grad_(), weight.requires_grad_(), targets, b.requires_grad_()]
@@ -146,7 +146,7 @@ def test_gradients_with_saved_exponentials_match_float64(device, dtype, options,
 
 @pytest.mark.gpu
 def test_reused_memory_is_the_gradient_s_own():
-    hidden, weight, targets, _ = problem(256, 1024, 60000, torch.bfloat16, "cuda")
+    hidden, weight, targets, _ = problem(300, 1024, 60000, torch.bfloat16, "cuda")
     hidden.requires_grad_()
     weight.requires_grad_()
 

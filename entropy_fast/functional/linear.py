@@ -69,8 +69,8 @@ def linear_token_stats(
             need not compute again, up to one GEMM of four (with a frozen head of three). "gradient": that which the
             head's gradient will take, allocated in the forward already; it has room for about width / rows of the
             vocabulary. A number: so many bytes beside; 2 · rows · vocab holds everything. Held from forward to
-            backward. For 16-bit heads on a GPU, outside torch.compile; elsewhere nothing changes. Not with
-            max_dropped_mass.
+            backward. For more than 256 rows and 16-bit heads on a GPU, outside torch.compile; elsewhere nothing
+            changes. Not with max_dropped_mass.
 
     Returns:
         TokenStats(logprob, entropy, lse), each (...), nats, float32 (float64 for float64 inputs); lse is None unless
