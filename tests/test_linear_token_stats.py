@@ -374,7 +374,7 @@ def test_every_way_through_a_cpu(vocab, rows, masked):
             assert torch.equal(got == -math.inf, e == -math.inf)
             finite = e > -math.inf
             assert ((got - e)[finite].abs() <= 4 * logit_error(hidden, weight)).all()
-    for wrong in (vocab, -1, torch.iinfo(torch.int64).min):
+    for wrong in (vocab, -1, -6402373705728000, torch.iinfo(torch.int64).min):
         targets[0] = wrong
         with pytest.raises(InputError, match=f"got {wrong} in row 0"):
             ef.linear_token_stats(hidden, weight, targets, b, mask=mask)

@@ -428,7 +428,7 @@ def test_an_outside_target_names_its_row():
     with pytest.raises(InputError, match="got -100"):
         ef.token_stats(logits, targets)
     ef.token_stats(logits, targets, mask=targets >= 0)
-    for value in (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, -1, 10):
+    for value in (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, -6402373705728000, -1, 10):
         targets[1, 2] = value
         for x in (logits, 30 * logits, logits.double(), logits[..., :3].repeat(1, 1, 1000)[..., :10]):
             with pytest.raises(InputError, match=f"got {value} in row"):

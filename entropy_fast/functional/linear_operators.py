@@ -97,7 +97,7 @@ def _stats(
                 stats, slab_lse = module.linear_stats(
                     x, weight, y, bias, transform, filtered=filtered, precision=precision, **options
                 )
-        except IndexError:
+        except RuntimeError:
             check_target_range(targets, mask, weight.shape[0])
             raise
         if slab_lse is not None:

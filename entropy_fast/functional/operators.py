@@ -83,7 +83,7 @@ def _row_stats_torch(logits, targets, mask, bias, temperature, scale, softcap, f
             reference.row_stats(matrix, y[at], None if active is None else active[at], bias, transform)
             for at, (matrix,) in _matrices(logits)
         ]
-    except IndexError:
+    except RuntimeError:
         check_target_range(targets, mask, logits.shape[-1])
         raise
     joined = out[0] if len(out) == 1 else (torch.cat(field) for field in zip(*out, strict=True))

@@ -127,7 +127,7 @@ def linear_stats(
         hidden: (rows, width), any floating dtype.
         weight: (vocab, width), the head.
         targets: (rows,), integer; one outside the vocabulary makes its row NaN, or, of a shard, its log-prob alone. On
-            a CPU, of a whole head with few logits (`FEW_LOGITS`), it raises IndexError.
+            a CPU, of a whole head with few logits (`FEW_LOGITS`), it raises RuntimeError.
         bias: (vocab,) or None.
         transform: what turns `x Wᵀ + bias` into the logits of the softmax.
         shard: the head is a part of a larger one (`combine_shards`).
