@@ -2,7 +2,7 @@
 
 from entropy_fast.kernels.linear_backward import linear_backward
 from entropy_fast.kernels.linear_forward import linear_stats
-from entropy_fast.kernels.linear_operands import FEW_ROWS, filter_columns, has_accurate, tiling_for
+from entropy_fast.kernels.linear_operands import FEW_ROWS, filter_columns, has_accurate
 from entropy_fast.kernels.linear_slabs import spare_memory
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "linear_backward",
     "linear_stats",
     "spare_memory",
-    "tiling_for",
 ]

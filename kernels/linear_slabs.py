@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from entropy_fast.kernels.launch import ceil_div
 from entropy_fast.kernels.linear_dlogits import RowCoefficients
-from entropy_fast.kernels.linear_operands import Operand, Tiling
+from entropy_fast.kernels.linear_operands import Operand, Tiling, tiling_for
 
 # Vocabulary columns of dz that exist at a time, or multiples where room for them costs nothing: enough for the GEMMs to
 # run at full rate, and 8 × 132 tiles of 128 × 256 for 8192 rows, so that no multiprocessor of an H100 idles in a last,
@@ -105,8 +105,9 @@ def _entries(columns: int, rows: int, tiling: Tiling) -> tuple[int, int]:
     return rows * (columns + PITCH), 2 * columns // tiling.BN * rows
 
 
-def spare_memory(most_bytes: int, hidden: torch.Tensor, vocab: int, tiling: Tiling) -> torch.Tensor:
+def spare_memory(most_bytes: int, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
     """Flat memory for exponentials of all rows: so many bytes, or as many as the vocabulary has use for."""
+    tiling = tiling_for(len(hidden), hidden.device)
     rows, whole = ceil_div(hidden.shape[0], tiling.BM) * tiling.BM, vocab // tiling.BN * tiling.BN
     return hidden.new_empty(min(most_bytes // 2, sum(_entries(whole, rows, tiling))))
 

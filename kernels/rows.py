@@ -19,7 +19,6 @@ from entropy_fast.kernels.settings import (
     forward_settings,
     multiprocessors,
     registers,
-    takes_pairs,
     vector_width,
 )
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
@@ -93,11 +92,6 @@ def sequence_stats(
     return out, sequences
 
 
-def is_plain(bias: torch.Tensor | None, transform: Transform) -> bool:
-    """Whether neither bias nor softcap comes before the softmax."""
-    return bias is None and transform.softcap is None
-
-
 @cache
 def split_below(settings: Settings, device: torch.device) -> int:
     """With fewer active rows than this, programs share rows."""
@@ -131,7 +125,6 @@ class Forward:
         include_eos: bool = True,
         sequences: bool = False,
     ) -> None:
-        plain = is_plain(bias, transform)
         settings = settings or forward_settings(logits)
         self._device = device = logits.device
         self._rows = rows = targets.numel()
@@ -168,7 +161,6 @@ class Forward:
                 logits.element_size(),
                 vector_width(logits),
                 vocab,
-                takes_pairs(logits, plain),
                 bias is not None,
                 transform.softcap is not None,
                 sequences,
@@ -237,7 +229,6 @@ def _variant(
     itemsize: int,
     width: int,
     vocab: int,
-    pairs: bool,
     has_bias: bool,
     softcap: bool,
     sequences: bool,
@@ -254,7 +245,7 @@ def _variant(
             "ACC": TRITON_DTYPE[dtype],
             "SOFTCAP": softcap,
             "EVEN": not words and vocab % width == 0,
-            "PAIRS": pairs and (words or width > 1),
+            "PAIRS": itemsize == 2 and not (has_bias or softcap) and (words or width > 1),
             "PACKED": device.type == "cuda" and torch.version.hip is None,
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,

@@ -76,11 +76,6 @@ def registers(most: int | None, device: torch.device) -> dict[str, int]:
     return {"maxnreg": most} if most is not None and device.type == "cuda" and torch.version.hip is None else {}
 
 
-def takes_pairs(logits: torch.Tensor, plain: bool) -> bool:
-    """Whether logits stay in words of two (see `rows_pairs`); plain: without bias and softcap."""
-    return plain and logits.element_size() == 2
-
-
 def forward_settings(logits: torch.Tensor) -> Settings:
     """The table's entry for these logits."""
     return _forward_settings(logits.shape[-1], vector_width(logits) * logits.element_size() < 8)

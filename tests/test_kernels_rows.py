@@ -388,22 +388,20 @@ def _compile(kernel, logits_type, constants, target, **options):
 def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True, settings=None):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
-    from entropy_fast.kernels.settings import forward_settings, takes_pairs
+    from entropy_fast.kernels.settings import forward_settings
 
     itemsize = int(logits_type[-2:]) // 8
     dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32, "*fp64": torch.float64}
     dtype = dtypes[logits_type]
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
-    plain = not bias and not softcap
     settings = settings or forward_settings(rows)
     arithmetic = torch.float64 if itemsize == 8 else torch.float32
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
     flags = (bias, softcap, sequences, True)
-    pairs = takes_pairs(rows, plain)
-    variant = _variant(settings, arithmetic, itemsize, width, odd, pairs, *flags, torch.device("cuda"))
+    variant = _variant(settings, arithmetic, itemsize, width, odd, *flags, torch.device("cuda"))
     absent = ["mask_ptr"] if bias else ["mask_ptr", "bias_ptr"]
     absent += [] if settings.segments > 1 else ["partials_ptr"]
     if not sequences:

@@ -152,7 +152,7 @@ def test_exponentials_saved_where_the_gradient_will_be(
     expected = oracle(exact[0], exact[1], targets, exact[2], transform)
     memory = torch.full_like(weight, math.nan)
     if spare is not None:
-        memory = torch.full_like(linear_slabs.spare_memory(spare, hidden, vocab, linear_operands.INTERPRETED), math.nan)
+        memory = torch.full_like(linear_slabs.spare_memory(spare, hidden, vocab), math.nan)
         assert memory.nbytes <= spare
     stats, _ = linear_stats(hidden, weight, targets, bias, transform, memory=memory)
     plain, _ = linear_stats(hidden, weight, targets, bias, transform)

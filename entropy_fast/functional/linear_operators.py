@@ -257,12 +257,11 @@ def _differentiate(
     grad_lse: torch.Tensor | None,
     *_grads_of_the_rest: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    not_inputs = (None,) * len(ctx.options)
     if grad_logprob is None and grad_entropy is None and grad_lse is None:
-        return (None,) * 6 + not_inputs
+        return (None,) * len(ctx.needs_input_grad)
     inputs, stats = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-    d_hidden, d_weight, d_bias = torch.ops.entropy_fast.linear_stats_backward(
+    needs_hidden, needs_weight, _, needs_bias, *_ = needs = ctx.needs_input_grad
+    gradients = torch.ops.entropy_fast.linear_stats_backward(
         *inputs,
         *ctx.options[:-1],
         *stats,
@@ -271,15 +270,16 @@ def _differentiate(
         grad_lse,
         [needs_hidden, needs_weight, needs_bias],
     )
-    return (
-        d_hidden if needs_hidden else None,
-        d_weight if needs_weight else None,
-        None,
-        d_bias if needs_bias else None,
-        None,
-        None,
-        *not_inputs,
-    )
+    return in_their_places(gradients, needs)
+
+
+def in_their_places(
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor], needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of hidden, weight and bias as those of all inputs; None where the autograd needs none."""
+    d_hidden, d_weight, d_bias = gradients
+    found = (d_hidden, d_weight, None, d_bias) + (None,) * (len(needs) - 4)
+    return tuple(gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
 
 
 def _refuse_second_derivative(_ctx: Any, *_grads: torch.Tensor) -> None:

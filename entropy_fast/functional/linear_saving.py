@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from entropy_fast.functional.linear_operators import compute_gradients, compute_stats, implementation
+from entropy_fast.functional.linear_operators import compute_gradients, compute_stats, implementation, in_their_places
 from entropy_fast.functional.operators import nobody_looks
 from entropy_fast.reference import linear as reference
 
@@ -36,8 +36,7 @@ def memory_for(
         return torch.empty_like(weight, memory_format=torch.contiguous_format) if weight.requires_grad else None
     if not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return None
-    tiling = module.tiling_for(hidden.shape[0], hidden.device)
-    return module.spare_memory(backward_memory, hidden, weight.shape[0], tiling)
+    return module.spare_memory(backward_memory, hidden, weight.shape[0])
 
 
 def linear_stats_saving(memory: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -62,25 +61,19 @@ class _Saving(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob, grad_entropy, _grad_peak, grad_lse):
-        not_inputs = (None,) * len(ctx.options)
         if grad_logprob is None and grad_entropy is None and grad_lse is None:
-            return (None,) * 7 + not_inputs
+            return (None,) * len(ctx.needs_input_grad)
         memory, ctx.memory = ctx.memory, None
         inputs, stats = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        _, needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:5]
-        needs = [needs_hidden, needs_weight, needs_bias]
+        needs_hidden, needs_weight, _, needs_bias, *_ = needs = ctx.needs_input_grad[1:]
         nothing_filtered = stats[0].new_empty(0)
-        grads = (grad_logprob, grad_entropy, grad_lse)
-        d_hidden, d_weight, d_bias = compute_gradients(
-            *inputs, *ctx.options, *stats, nothing_filtered, *grads, needs, memory
+        gradients = compute_gradients(
+            *inputs,
+            *ctx.options,
+            *stats,
+            nothing_filtered,
+            *(grad_logprob, grad_entropy, grad_lse),
+            [needs_hidden, needs_weight, needs_bias],
+            memory,
         )
-        return (
-            None,
-            d_hidden if needs_hidden else None,
-            d_weight if needs_weight else None,
-            None,
-            d_bias if needs_bias else None,
-            None,
-            None,
-            *not_inputs,
-        )
+        return None, *in_their_places(gradients, needs)
