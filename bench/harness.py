@@ -64,11 +64,11 @@ def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 
     On a GPU the calls of a round are queued one behind the other, without waiting between them: training and scoring
     keep the card busy, and with pauses between calls it cools and clocks up, so that what is measured is not what is
-    met under sustained work (the same two kernels: 1.03 of each other in a row, 1.14 with pauses). In turn, and each
-    round starting one call later, so that all share the device's temperature and clock: what follows a call that
-    draws little power runs faster, and no call may always be in that place. A short wait of the device heads each
-    round, during which the host gets ahead: what submitting costs enters only where a call waits for the device, for
-    it and the next one, or where the host is slower than the device for long.
+    met under sustained work (the same two kernels: 1.03 of each other in a row, 1.14 with pauses). What follows a call
+    that draws little power runs faster, so no call may always follow the same one: the rounds' orders are rows of a
+    square in which every call comes after every other as often (E. J. Williams, 1949). A short wait of the device heads
+    each round, during which the host gets ahead: what submitting costs enters only where a call waits for the device,
+    for it and the next one, or where the host is slower than the device for long.
     """
     times: dict[str, list[float]] = {}
     for name, call in calls.items():
@@ -80,8 +80,8 @@ def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str
             print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
     names = list(times)
     for i in range(rounds):
-        first = i % max(len(names), 1)
-        order = names[first:] + names[:first]
+        # i, i + 1, i − 1, i + 2, …
+        order = [names[(i + (k + 1) // 2 * (-1) ** (k + 1)) % len(names)] for k in range(len(names))]
         for name, ms in zip(order, _round_ms([calls[name] for name in order]), strict=True):
             times[name].append(ms)
     return times
