@@ -125,7 +125,7 @@ def linear_backward(
     device = hidden.device
     tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
-    coefficients = row_coefficients(stats, grads, transform, 1.0 if gain is None else gain)
+    coefficients = row_coefficients(stats, grads, transform, gain)
     saved = None if memory is None else saved_in(memory, vocab, total, tiling)
     d_weight = None
     if needs_weight:

@@ -15,10 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.device import one_minus_exp
+from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
-from entropy_fast.reference.rows import RowGradients
+from entropy_fast.reference.rows import RowGradients, is_expanded
 from entropy_fast.reference.transform import Transform
+
+COEFFICIENTS = Variant({"BLOCK": 256}, num_warps=4)
 
 
 class RowCoefficients(NamedTuple):
@@ -31,30 +35,77 @@ class RowCoefficients(NamedTuple):
 
 
 def row_coefficients(
-    stats: LinearStats, grads: RowGradients, transform: Transform, gain: torch.Tensor | float = 1.0
+    stats: LinearStats, grads: RowGradients, transform: Transform, gain: torch.Tensor | None = None
 ) -> RowCoefficients:
-    """What dz needs of each row; `lse` in base 2. `gain` multiplies dz.
+    """What dz needs of each row; `lse` in base 2. `gain`, a scalar on the device, multiplies dz."""
+    rows, device = len(stats.logprob), stats.logprob.device
+    incoming = RowGradients(*(t if t is None or is_expanded(t) else t.contiguous() for t in grads))
+    # each starts on 16 bytes
+    pitch = ceil_div(rows, 4) * 4
+    out = torch.empty(3 if grads.entropy is None else 4, pitch, dtype=torch.float32, device=device)
+    launch(
+        coefficients_kernel,
+        ceil_div(rows, COEFFICIENTS.constants["BLOCK"]),
+        (out, *stats, *incoming, gain),
+        (rows, pitch, *(0 if t is None or is_expanded(t) else 1 for t in incoming)),
+        (transform.factor * (transform.squeeze or 1.0),),
+        COEFFICIENTS,
+    )
+    lse, constant, target, *slope = out[:, :rows]
+    return RowCoefficients(lse, constant, slope[0] if slope else None, target)
 
-    The target's entry uses 1 − p = −expm1(log p), which keeps its digits where p → 1.
+
+@triton.jit(do_not_specialize=["N", "pitch", "step_logprob", "step_entropy", "step_lse"])
+def coefficients_kernel(
+    out_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    grad_lse_ptr,
+    gain_ptr,
+    N,
+    pitch,
+    step_logprob,
+    step_entropy,
+    step_lse,
+    outer,
+    BLOCK: tl.constexpr,
+):
+    """Rows of `out`: lse, constant, target and, where the entropy has a gradient, slope.
+
+    The target's entry uses 1 − p = −expm1(log p), which keeps its digits where p → 1. A row without its target has no
+    gradient to give, and is NaN.
     """
-    outer = transform.factor * (transform.squeeze or 1.0) * gain
-    zero = torch.zeros((), device=stats.logprob.device)
-    g = zero if grads.logprob is None else grads.logprob.float()
-    g_lse = zero if grads.lse is None else grads.lse.float()
-    logp = stats.logprob.clamp(min=-1e4)
-    p = logp.exp()
-    constant = g - g_lse
-    target = g_lse * p - g * logp.expm1()
-    slope = None
-    if grads.entropy is not None:
-        g_entropy = grads.entropy.float()
-        constant = constant + g_entropy * stats.entropy
-        target = target - g_entropy * p * (logp + stats.entropy)
-        slope = g_entropy * (LN2.value * outer)
-    lse = (stats.peak + stats.log_sum) * LOG2E.value
-    # a row without its target has no gradient to give
-    constant = torch.where(stats.logprob.isnan(), float("nan"), constant)
-    return RowCoefficients(lse, (constant * outer).expand_as(lse).contiguous(), slope, target * outer)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = rows < N
+    logprob = tl.load(logprob_ptr + rows, mask=live, other=0.0)
+    logp = tl.maximum(logprob, -1e4)
+    p = tl.exp(logp)
+    if gain_ptr is not None:
+        outer *= tl.load(gain_ptr)
+    constant = tl.where(logprob == logprob, 0.0, float("nan"))
+    target = constant
+    if grad_logprob_ptr is not None:
+        g = tl.load(grad_logprob_ptr + rows * step_logprob, mask=live, other=0.0).to(tl.float32)
+        constant += g
+        target += g * one_minus_exp(logp)
+    if grad_lse_ptr is not None:
+        g_lse = tl.load(grad_lse_ptr + rows * step_lse, mask=live, other=0.0).to(tl.float32)
+        constant -= g_lse
+        target += g_lse * p
+    if grad_entropy_ptr is not None:
+        g_entropy = tl.load(grad_entropy_ptr + rows * step_entropy, mask=live, other=0.0).to(tl.float32)
+        entropy = tl.load(entropy_ptr + rows, mask=live, other=0.0)
+        constant += g_entropy * entropy
+        target -= g_entropy * p * (logp + entropy)
+        tl.store(out_ptr + 3 * pitch + rows, g_entropy * (LN2 * outer), mask=live)
+    lse = tl.load(peak_ptr + rows, mask=live, other=0.0) + tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    tl.store(out_ptr + rows, lse * LOG2E, mask=live)
+    tl.store(out_ptr + pitch + rows, constant * outer, mask=live)
+    tl.store(out_ptr + 2 * pitch + rows, target * outer, mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "n_units"])

@@ -22,7 +22,7 @@ from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
-from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
+from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype, is_expanded
 from entropy_fast.reference.transform import Transform
 
 # Most registers of a thread where rows start anywhere: left alone, the compiler chooses between 32 and 40 by what else
@@ -226,11 +226,6 @@ def _variant(
     # what does not fit into the limit would spill
     crowded = even or softcap or has_bias or dtype == torch.float64
     return Variant(constants, num_warps=settings.warps, **registers(None if crowded else ODD_REGISTERS, device))
-
-
-def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether it is one number seen many times, which is what a sum gives back."""
-    return not any(tensor.stride())
 
 
 def common_width(a: torch.Tensor, b: torch.Tensor) -> int:

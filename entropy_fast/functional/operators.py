@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from entropy_fast.functional.validation import check_prompt_lens, check_target_range
 from entropy_fast.reference import rows as reference
 from entropy_fast.reference.masks import Counting, generated_columns, token_masks
-from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype
+from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype, is_expanded
 from entropy_fast.reference.transform import Transform
 
 _TRANSFORM = "Tensor? bias, Tensor temperature, float scale, float? softcap"
@@ -169,7 +169,7 @@ def _row_stats_triton(logits, targets, mask, bias, temperature, scale, softcap, 
 
 
 def _write_gradient_triton(out, logits, targets, mask, bias, temperature, scale, softcap, *rest):
-    from entropy_fast.kernels.rows_backward import is_expanded, row_stats_backward
+    from entropy_fast.kernels.rows_backward import row_stats_backward
 
     *values, needs_bias = rest
     stats = [_contiguous(t) for t in values[:4]]

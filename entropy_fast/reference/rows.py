@@ -65,6 +65,11 @@ class RowGradients(NamedTuple):
     lse: torch.Tensor | None
 
 
+def is_expanded(gradient: torch.Tensor) -> bool:
+    """Whether it is one number seen many times, which is what a sum gives back."""
+    return not any(gradient.stride())
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything narrower becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
