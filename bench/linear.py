@@ -66,7 +66,7 @@ CHECKED_ROWS = 128
 DISTRIBUTIONS = ("flat", "rollouts")
 # up to here the head's bytes are what a forward costs
 FEW_ROWS = 256
-BACKWARD_ALONE = ("entropy_fast reusing", "entropy_fast, 1 GiB", "entropy_fast filtered")
+BACKWARD_ALONE = ("entropy_fast, nothing kept", "entropy_fast, 1 GiB", "entropy_fast filtered")
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 # name -> (function, what it gives)
 Implementations = dict[str, tuple[Function | None, str]]
@@ -82,7 +82,7 @@ def ours(dtype: torch.dtype) -> Implementations:
         return {f"entropy_fast {name}": at(precision=name) for name in ("exact", "accurate", "fast")}
     return {
         "entropy_fast": at(),
-        "entropy_fast reusing": at(backward_memory="gradient"),
+        "entropy_fast, nothing kept": at(backward_memory=0),
         "entropy_fast, 1 GiB": at(backward_memory=2**30),
         "entropy_fast filtered": at(max_dropped_mass=1e-3),
     }
@@ -203,8 +203,8 @@ class Case:
         if "gemm tf32" in functions:
             calls["gemm tf32"] = partial(self.tf32_gemms, count)
         for name, (function, _) in functions.items():
-            # filtering and memory are for the backward, reuse of memory for the head's gradient
-            idle = "reusing" in name if op == "frozen" else op == "forward" and name in BACKWARD_ALONE
+            # filtering and memory are for the backward; without the head's gradient nothing is kept by default
+            idle = "nothing" in name if op == "frozen" else op == "forward" and name in BACKWARD_ALONE
             if function is not None and not idle:
                 calls[name] = partial(self.step, function, op)
         times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}

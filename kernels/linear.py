@@ -2,11 +2,10 @@
 
 from entropy_fast.kernels.linear_backward import linear_backward
 from entropy_fast.kernels.linear_forward import linear_stats
-from entropy_fast.kernels.linear_operands import FEW_ROWS, filter_columns, has_accurate
+from entropy_fast.kernels.linear_operands import filter_columns, has_accurate
 from entropy_fast.kernels.linear_slabs import spare_memory
 
 __all__ = [
-    "FEW_ROWS",
     "filter_columns",
     "has_accurate",
     "linear_backward",

@@ -30,6 +30,7 @@ from entropy_fast.kernels.linear_operands import (
 from entropy_fast.kernels.linear_saved import saved_dlogits
 from entropy_fast.kernels.linear_slabs import (
     SLAB_COLUMNS,
+    Counts,
     Rows,
     Selection,
     Slab,
@@ -58,12 +59,12 @@ class _HiddenSum:
     def _zeros(self) -> torch.Tensor:
         # not before the first slab's dz is under way: the device has waited long enough for the selection
         total, width = self._hidden.shape
-        lead = total if self._selection is None else self._selection.lead
+        lead = total if self._selection is None else self._selection.counts.lead
         return torch.zeros(self._near + total - lead, width, dtype=torch.float32, device=self._hidden.device)
 
     @property
     def _near(self) -> int:
-        return len(self._hidden) if self._selection is None else max(self._selection.counts)
+        return len(self._hidden) if self._selection is None else self._selection.counts.most
 
     @cached_property
     def near(self) -> torch.Tensor:
@@ -95,7 +96,7 @@ class _HiddenSum:
         if selection is None:
             return self.near.to(hidden.dtype)
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        lead = selection.lead
+        lead = selection.counts.lead
         for rows, part in ((selection.order[:lead], self.near[:lead]), (selection.order[lead:], self.far)):
             out.index_copy_(0, rows, part.to(hidden.dtype))
         return out
@@ -124,6 +125,8 @@ def linear_backward(
     total, vocab = hidden.shape[0], weight.shape[0]
     device = hidden.device
     tiling = tiling_for(total, device, precision if hidden.dtype == torch.float32 else "fast")
+    # before all else, so that the device still has the rest of this to do when they arrive
+    counts = None if kept is None else Counts(kept)
     gain = _gain(stats, grads) if hidden.dtype == torch.float16 else None
     coefficients = row_coefficients(stats, grads, transform, gain)
     saved = None if memory is None else saved_in(memory, vocab, total, tiling)
@@ -133,7 +136,7 @@ def linear_backward(
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if own else memory
     d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs_bias else None
     columns = filter_columns(device)
-    selection = None if kept is None else Selection.of(kept, targets, coefficients, columns)
+    selection = None if counts is None else Selection.of(kept, counts, targets, coefficients, columns)
     hidden_sum = _HiddenSum(hidden, selection) if needs_hidden else None
     if selection is None:
         slabs = all_slabs(Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight, saved)

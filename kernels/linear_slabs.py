@@ -7,6 +7,7 @@ there. With it, the forward has said which rows each slab can do without.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ SLAB_COLUMNS = 8448
 PITCH = 64
 # With few rows the slab may be wider: this many entries of dz.
 SLAB_ENTRIES = 8192 * SLAB_COLUMNS
+# A slab more costs about as much as to compute so many entries: launches, and a pass over all of dHidden.
+SLAB_COST = SLAB_ENTRIES // 8
 
 
 def slab_columns(rows: int, vocab: int, tiling: Tiling) -> int:
@@ -123,21 +126,24 @@ def saved_in(memory: torch.Tensor, vocab: int, rows: int, tiling: Tiling) -> Sav
     padded = ceil_div(rows, tiling.BM) * tiling.BM
     # whole 16 bytes
     end = memory.numel() // 8 * 8
-    if memory.ndim == 1:
-        columns = min(vocab, int((end // padded - PITCH) / (1 + 2 / tiling.BN))) // tiling.BN * tiling.BN
-        slabs = 1 if columns > 0 else 0
-    else:
-        width = memory.shape[1]
+    width = 0 if memory.ndim == 1 else memory.shape[1]
+    # the widest slab, with the rows of dWeight that come before it
+    columns = int((end - padded * PITCH) / (padded * (1 + 2 / tiling.BN) + width))
+    columns, slabs = min(vocab, columns) // tiling.BN * tiling.BN, 1
+    if columns <= 0:
+        return None
+    cost = SLAB_COST // padded
+    if memory.ndim > 1 and vocab - columns > cost:
 
         def count(columns: int) -> int:
             own, (slab, peaks) = columns * width, _entries(columns, padded, tiling)
-            return max(0, min((end - own) // (slab + peaks), (end - slab) // (own + peaks), vocab // columns))
+            return min((end - own) // (slab + peaks), (end - slab) // (own + peaks), vocab // columns)
 
-        # a little narrower, one more may fit
-        columns = max((SLAB_COLUMNS, SLAB_COLUMNS - tiling.BN), key=lambda columns: columns * count(columns))
+        # narrower ones hold more in all
+        whole = range(SLAB_COLUMNS, columns, SLAB_COLUMNS)
+        widths = [columns, *whole, *(w - tiling.BN for w in whole)]
+        columns = max(widths, key=lambda w: (w - cost) * count(w))
         slabs = count(columns)
-    if slabs == 0:
-        return None
     slab, peaks = _entries(columns, padded, tiling)
     flat, first_peak = memory.view(-1), end - slabs * peaks
     exponentials = flat[first_peak - slabs * slab : first_peak]
@@ -198,13 +204,19 @@ def _lent(d_weight: torch.Tensor, row: int, rows: int, columns: int, hidden: tor
 
 
 def _from_column(start: int, rows: Rows) -> Rows:
-    return rows._replace(targets=rows.targets - start)
+    return rows._replace(targets=rows.targets - start) if start else rows
 
 
-class _Arriving:
-    """A tensor on its way to the host."""
+class Counts:
+    """How many rows each slab takes, and how many are taken by all, the lead: on their way to the host.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Args:
+        kept: (slabs, rows), bool.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        tensor = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)])
+        self.lead_on_device = tensor[-1]
         self._here = tensor
         self._arrived = None
         if tensor.is_cuda:
@@ -213,11 +225,27 @@ class _Arriving:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(tensor.device))
 
-    def tolist(self) -> list[int]:
-        """Its entries, as soon as they are here."""
+    @cached_property
+    def _numbers(self) -> list[int]:
+        # waits for the device
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._here.tolist()
+
+    @property
+    def of_slabs(self) -> list[int]:
+        """How many rows each slab takes."""
+        return self._numbers[:-1]
+
+    @property
+    def lead(self) -> int:
+        """How many rows all slabs take."""
+        return self._numbers[-1]
+
+    @property
+    def most(self) -> int:
+        """The largest number of rows that a slab takes."""
+        return max(self.of_slabs)
 
 
 class Selection(NamedTuple):
@@ -229,8 +257,7 @@ class Selection(NamedTuple):
         scattered: (slabs, pitch), and their places behind the lead, ascending; negative in the lead.
         targets: (slabs, pitch), the rows' targets, counted from the slab's first column.
         coefficients: (slabs, pitch) each.
-        counts: how many rows each slab takes.
-        lead: the rows at so many first places are taken by every slab.
+        counts: how many of these each slab takes; every slab takes those at the first places, the lead.
     """
 
     order: torch.Tensor
@@ -238,29 +265,31 @@ class Selection(NamedTuple):
     scattered: torch.Tensor
     targets: torch.Tensor
     coefficients: RowCoefficients
-    counts: list[int]
-    lead: int
+    counts: Counts
 
     @classmethod
-    def of(cls, kept: torch.Tensor, targets: torch.Tensor, coefficients: RowCoefficients, columns: int) -> Selection:
-        """From (slabs, rows) bool, for slabs of so many columns.
+    def of(
+        cls,
+        kept: torch.Tensor,
+        counts: Counts,
+        targets: torch.Tensor,
+        coefficients: RowCoefficients,
+        columns: int,
+    ) -> Selection:
+        """From (slabs, rows) bool and their counts, for slabs of so many columns.
 
-        Waits for the device once, for the counts, while it does the rest of this, and nothing after it waits: what a
-        slab needs of its rows' numbers is a piece of a tensor, which costs the host next to nothing.
+        What a slab needs of its rows' numbers is a piece of a tensor, which costs the host next to nothing.
         """
         order = kept.sum(0).argsort(descending=True, stable=True)
         kept = kept.index_select(1, order)
-        counts = torch.cat([kept.sum(1), kept.all(0).sum(0, keepdim=True)])
-        on_host = _Arriving(counts)
         # every slab's numbers start on 16 bytes, or the kernel would be compiled for each way of not doing so
         gone = pad(kept.logical_not(), (0, -kept.shape[1] % 4), value=True)
         places = gone.to(torch.uint8).argsort(dim=1, stable=True).clamp(max=kept.shape[1] - 1)
         index = order[places]
         first = torch.arange(len(kept), device=kept.device)[:, None] * columns
         of_rows = RowCoefficients(*(None if t is None else t[index] for t in coefficients))
-        scattered, local_targets = places - counts[-1], targets[index] - first
-        *of_slabs, lead = on_host.tolist()
-        return cls(order, index, scattered, local_targets, of_rows, of_slabs, lead)
+        scattered, local_targets = places - counts.lead_on_device, targets[index] - first
+        return cls(order, index, scattered, local_targets, of_rows, counts)
 
 
 def filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: Selection) -> Iterator[Slab]:
@@ -268,15 +297,16 @@ def filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: Se
 
     The hidden states of the lead are gathered once, those of a slab's other rows behind them.
     """
-    lead, most = selection.lead, max(selection.counts)
-    room = _room(most, columns, hidden)
-    x = hidden.new_empty(most, hidden.shape[1])
-    torch.index_select(hidden, 0, selection.order[:lead], out=x[:lead])
-    for slab, count in enumerate(selection.counts):
+    # all that the first slab may take: it keeps the device busy until the counts are here
+    x = hidden[selection.index[0]]
+    lead = selection.counts.lead
+    room = _room(selection.counts.most, columns, hidden)
+    for slab, count in enumerate(selection.counts.of_slabs):
         rows = scattered = None
         if count > lead:
-            torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
             scattered = selection.scattered[slab, lead:count]
+        if count > lead and slab > 0:
+            torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
         if count:
             here = x[:count]
             numbers = (None if t is None else t[slab, :count] for t in selection.coefficients)

@@ -77,6 +77,7 @@ def test_a_slab_may_lie_in_rows_of_the_gradient_that_are_still_to_come(needs_wei
 
     monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
     monkeypatch.setattr(linear_slabs, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_slabs, "SLAB_COST", 0)
     monkeypatch.setattr(linear_slabs, "PITCH", 16)
     rooms = []
     original = linear_backward._slab_dlogits
@@ -138,6 +139,7 @@ def test_exponentials_saved_where_the_gradient_will_be(
     monkeypatch.setattr(linear_operands, "INTERPRETED", dataclasses.replace(linear_operands.INTERPRETED, tma=tma))
     monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
     monkeypatch.setattr(linear_slabs, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(linear_slabs, "SLAB_COST", 0)
     monkeypatch.setattr(linear_slabs, "PITCH", 16)
     made, original = [], linear_backward.saved_dlogits
     monkeypatch.setattr(linear_backward, "saved_dlogits", lambda *a: made.append(1) or original(*a))
@@ -207,7 +209,6 @@ def test_autograd_with_exponentials_saved(backward_memory, monkeypatch):
 
     for module in (linear_operators, linear_saving):
         monkeypatch.setattr(module, "implementation", lambda hidden, precision: linear)
-    monkeypatch.setattr(linear, "FEW_ROWS", 11)
     monkeypatch.setattr(linear_slabs, "SLAB_COLUMNS", 64)
     made, original = [], linear_backward.saved_dlogits
     monkeypatch.setattr(linear_backward, "saved_dlogits", lambda *a: made.append(1) or original(*a))
@@ -247,16 +248,11 @@ def test_autograd_with_exponentials_saved(backward_memory, monkeypatch):
     assert bool(made) == (backward_memory != "gradient")
     with torch.no_grad():
         assert ef.linear_token_stats(hidden, weight, targets, backward_memory=backward_memory).logprob.grad_fn is None
-    # few rows gain nothing
-    made.clear()
-    few = ef.linear_token_stats(hidden[:1], weight, targets[:1], backward_memory=backward_memory)
-    torch.autograd.grad(few.logprob.sum(), [hidden, weight])
-    assert not made
 
 
 @pytest.mark.parametrize(
     ("rows", "width", "vocab", "slabs"),
-    [(8192, 4096, 128256, 7), (8192, 2304, 256000, 8), (8192, 1024, 151936, 2), (1000, 4096, 128256, 15)],
+    [(8192, 4096, 128256, 7), (8192, 2304, 256000, 8), (8192, 1024, 151936, 1), (1000, 4096, 128256, 1)],
 )
 def test_what_is_saved_stays_until_it_is_used(rows, width, vocab, slabs):
     from entropy_fast.kernels.linear_operands import HOPPER
@@ -399,7 +395,8 @@ def test_a_row_that_every_slab_takes_is_gathered_once(monkeypatch):
     lead = kept.all(0).sum().item()
     assert 0 < lead < kept.shape[1]
     others = [n - lead for n in kept.sum(1).tolist() if n > lead]
-    assert [n for dtype, n in gathered if dtype == torch.float16] == [lead, *others]
+    # the first slab's come with the lead
+    assert [n for dtype, n in gathered if dtype == torch.float16] == others[1:]
     # of dHidden's sums
     assert [n for dtype, n in gathered if dtype == torch.float32] == others
 

@@ -37,7 +37,7 @@ def linear_token_stats(
     precision: str = "exact",
     return_lse: bool = False,
     max_dropped_mass: float = 0.0,
-    backward_memory: str | int = 0,
+    backward_memory: str | int = "gradient",
 ) -> TokenStats:
     """Log-prob of each target and entropy of each position, straight from hidden states and the head.
 
@@ -65,12 +65,12 @@ def linear_token_stats(
         max_dropped_mass: opt-in filtering of the gradient, in [0, 1): a position's dz is taken for 0 in slabs of the
             vocabulary that hold at most this much probability together, never the target's. Confident positions then
             cost almost nothing in the backward. 0 (default) is exact.
-        backward_memory: opt-in to a faster backward: memory in which the forward leaves exponentials that the backward
-            need not compute again, up to one GEMM of four (with a frozen head of three). "gradient": that which the
-            head's gradient will take, allocated in the forward already; it has room for about width / rows of the
-            vocabulary. A number: so many bytes beside; 2 · rows · vocab holds everything. Held from forward to
-            backward. For more than 256 rows and 16-bit heads on a GPU, outside torch.compile; elsewhere nothing
-            changes. Not with max_dropped_mass.
+        backward_memory: where the forward leaves exponentials that the backward need not compute again, up to one GEMM
+            of four (with a frozen head of three). "gradient" (default): in the memory that the head's gradient will
+            take, allocated in the forward already; it has room for about width / rows of the vocabulary. A number: so
+            many bytes beside; 2 · rows · vocab holds everything. 0: nowhere, which is for many forwards before their
+            backward, each of which would hold such memory until then. For 16-bit heads on a GPU, where a gradient
+            is wanted, outside torch.compile; elsewhere nothing changes, and with max_dropped_mass a number is refused.
 
     Returns:
         TokenStats(logprob, entropy, lse), each (...), nats, float32 (float64 for float64 inputs); lse is None unless
@@ -86,9 +86,10 @@ def linear_token_stats(
     _check(hidden, weight, targets, bias, mask, temperature, scale, softcap, precision, backward_memory)
     if not 0.0 <= max_dropped_mass < 1.0:
         raise InputError(f"max_dropped_mass must be in [0, 1), got {max_dropped_mass}; 0 computes every gradient")
-    if backward_memory and max_dropped_mass > 0:
+    filtered = max_dropped_mass > 0
+    if filtered and backward_memory not in ("gradient", 0):
         raise InputError(
-            f"backward_memory={backward_memory!r} and max_dropped_mass={max_dropped_mass} do not go together: a "
+            f"backward_memory={backward_memory} and max_dropped_mass={max_dropped_mass} do not go together: a "
             "filtered backward needs few of the exponentials; leave one of them out"
         )
     shape = targets.shape
@@ -98,7 +99,7 @@ def linear_token_stats(
         mask = None if mask is None else mask.reshape(-1)
     inputs = (hidden, weight, targets, bias, mask, as_tensor(temperature), scale, softcap, precision)
     dropped = None
-    memory = memory_for(backward_memory, hidden, weight, bias, precision) if backward_memory else None
+    memory = None if filtered else memory_for(backward_memory, hidden, weight, bias, precision)
     if memory is not None:
         logprob, entropy, peak, log_sum = linear_stats_saving(memory, *inputs)
     else:
@@ -109,11 +110,11 @@ def linear_token_stats(
     if len(shape) != 1:
         logprob, entropy = logprob.view(shape), entropy.view(shape)
         lse = None if lse is None else lse.view(shape)
-    if dropped is None or max_dropped_mass == 0:
+    if dropped is None or not filtered:
         return TokenStats(logprob, entropy, lse)
-    filtered = FilteredTokenStats(logprob, entropy, lse)
-    filtered.dropped_mass = dropped.view(shape)
-    return filtered
+    stats = FilteredTokenStats(logprob, entropy, lse)
+    stats.dropped_mass = dropped.view(shape)
+    return stats
 
 
 def _check(

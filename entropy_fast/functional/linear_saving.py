@@ -15,22 +15,22 @@ from entropy_fast.reference import linear as reference
 def memory_for(
     backward_memory: str | int, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, precision: str
 ) -> torch.Tensor | None:
-    """The memory that was asked for; None where no kernel or no gradient could use it, or rows are few.
-
-    What costs with few rows is to read the head, and to start what reads it: more, narrower slabs would be slower.
+    """The memory that was asked for; None where no kernel or no gradient could use it.
 
     Args:
-        backward_memory: "gradient" or a number of bytes.
+        backward_memory: "gradient" or a number of bytes; 0 for none.
         hidden: (rows, width).
         weight: (vocab, width).
         bias: (vocab,) or None.
         precision: of the call.
     """
     narrow = hidden.dtype in (torch.bfloat16, torch.float16)
-    if not (backward_memory and narrow and torch.is_grad_enabled() and nobody_looks(hidden)):
+    if not (narrow and backward_memory and torch.is_grad_enabled()):
+        return None
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not nobody_looks(hidden):
         return None
     module = implementation(hidden, precision)
-    if module is reference or hidden.shape[0] <= module.FEW_ROWS:
+    if module is reference:
         return None
     if backward_memory == "gradient":
         return torch.empty_like(weight, memory_format=torch.contiguous_format) if weight.requires_grad else None
