@@ -6,14 +6,16 @@
 
 Every implementation of a shape is timed in turn, one call each a round, the calls of a round queued one behind the
 other, so that the GPU is as busy as in training; medians over the rounds. The floor and this project are then timed
-alone too, again and again (`ms_alone`). The floor (`impl` "gemm") is cuBLAS writing
-logits in the inputs' dtype and nothing else: one GEMM for the forward, four for forward and backward, three with a
-frozen head; its error is that of an exact softmax of those logits. For at most 256 rows "read" is one plain read of the
-head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and each precision of this project is an
-implementation. Errors are against float64, over the first rows. Peers that are not installed are left out; one that
-fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob alone. The op "first" is what
-a user waits for the first forward, in a process of its own where nothing was ever compiled. The result is written after
-every shape.
+alone too, again and again (`ms_alone`). For at most 256 rows, whose calls may take the host longer than the device,
+times are those of replayed CUDA graphs instead, without what cannot be captured in one.
+
+The floor (`impl` "gemm") is cuBLAS writing logits in the inputs' dtype and nothing else: one GEMM for the forward, four
+for forward and backward, three with a frozen head; its error is that of an exact softmax of those logits. For at most
+256 rows "read" is one plain read of the head. In float32 the floor is IEEE float32, "gemm tf32" stands beside it, and
+each precision of this project is an implementation. Errors are against float64, over the first rows. Peers that are not
+installed are left out; one that fails is named on stderr. CCE has no entropy, so its backward is that of the log-prob
+alone. The op "first" is what a user waits for the first forward, in a process of its own where nothing was ever
+compiled. The result is written after every shape.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +38,7 @@ from bench.harness import (
     alternating_ms,
     first_call_rows,
     float64_stats,
+    graph_ms,
     largest_errors,
     peak_bytes,
     read_ms,
@@ -165,6 +169,7 @@ class Case:
         self.d_hidden, self.d_weight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
         checked = self.targets[:CHECKED_ROWS]
         self.exact = float64_stats(self.hidden[:CHECKED_ROWS].double() @ self.weight.double().t(), checked)
+        self.few = shape[0] <= FEW_ROWS
         self.product = 2 * shape[0] * shape[1] * shape[2]
         self.facts = {
             "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)),
@@ -207,10 +212,14 @@ class Case:
             idle = "nothing" in name if op == "frozen" else op == "forward" and name in BACKWARD_ALONE
             if function is not None and not idle:
                 calls[name] = partial(self.step, function, op)
-        times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
+        alone = {}
+        if self.few and torch.cuda.is_available():
+            times = graph_times(calls)
+        else:
+            times = {name: statistics.median(t) for name, t in alternating_ms(calls, rounds).items()}
+            alone = {name: alone_ms(calls[name]) for name in times if name.startswith(("gemm", "entropy_fast"))}
         if "read" in functions and op == "forward":
             times["read"] = read_ms(self.weight)
-        alone = {name: alone_ms(calls[name]) for name in times if name.startswith(("gemm", "entropy_fast"))}
         rows = []
         for name, ms in times.items():
             row = {"op": title, "impl": name, **self.facts, "ms": ms, "of_floor": ms / times["gemm"]}
@@ -229,6 +238,18 @@ class Case:
                     row["peak_bytes"] = peak_bytes(calls[name])
             rows.append(row)
         return rows
+
+
+def graph_times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Milliseconds of each call in a replayed graph; what fails, or cannot be captured, is named on stderr."""
+    times = {}
+    for name, call in calls.items():
+        try:
+            call()
+            times[name] = graph_ms([call])
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+    return times
 
 
 def first_call() -> list[dict[str, Any]]:
