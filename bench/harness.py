@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -261,7 +262,7 @@ def _size(size: int | None) -> str:
 
 def write(rows: list[dict[str, Any]], packages: Iterable[str], out: Path, before: dict[str, Any] | None = None) -> None:
     """Write the result file, whole or not at all; after the rows and the command of the result `before`."""
-    command = " ".join(["python -m bench", Path(sys.argv[0]).stem, *sys.argv[1:]])
+    command = f"python -m bench {shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])}"
     if before is not None:
         rows = before["rows"] + rows
         command = f"{before['command']} && {command}"
