@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from entropy_fast.kernels.launch import Variant, ceil_div
 
 SPLIT_BLOCK = 1024
-# Vocabulary rows of a float32 head whose halves exist at a time: as many column tiles as an H100 has multiprocessors, so
-# that none idles at the end, whatever the number of row tiles.
+# Vocabulary rows of a float32 head whose halves exist at a time: as many column tiles as an H100 has multiprocessors,
+# so that none idles at the end, whatever the number of row tiles.
 SPLIT_ROWS = 132 * 256
 
 

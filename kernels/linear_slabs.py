@@ -161,8 +161,8 @@ def all_slabs(
     """All rows, slab by slab; first those that are `saved`, in dWeight's memory or elsewhere.
 
     Memory to spare then serves the others. Without it, dz of another slab lies in the rows of dWeight that follow the
-    slab's own, as long as it fits there; the last slabs get a room of their own, a smaller one. What is lent costs
-    nothing, so each slab is as wide as fits: it reads and writes all of the float32 dHidden.
+    slab's own, as long as half a slab fits there; the last slabs get a room of their own, of about half a slab. What is
+    lent costs nothing, so each slab is as wide as fits: it reads and writes all of the float32 dHidden.
     """
     total = len(rows.targets)
     columns = slab_columns(total, vocab, tiling)
@@ -179,14 +179,16 @@ def all_slabs(
             columns = min(saved.columns, vocab - first)
             yield Slab(slice(first, first + columns), _from_column(first, rows), None, room)
         return
-    own = start
+    half = ceil_div(columns // 2, tiling.BN) * tiling.BN
     if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
-        for lent_columns in range(vocab // columns * columns, 0, -columns):
-            while (room := _lent(d_weight, start + lent_columns, total, lent_columns, rows.hidden)) is not None:
-                yield Slab(slice(start, start + lent_columns), _from_column(start, rows), None, room)
-                start += lent_columns
-    if start > own:
-        columns = ceil_div(columns // 2, tiling.BN) * tiling.BN
+        own = start
+        for slab in _lent_slabs(rows, vocab, start, columns, half, tiling.BN, d_weight):
+            yield slab
+            start = slab.columns.stop
+        if start > own:
+            # all alike, and a quarter wider rather than one more
+            count = ceil_div(vocab - start, 5 * half // 4)
+            columns = ceil_div(vocab - start, count * tiling.BN) * tiling.BN
     room = _room(total, columns, rows.hidden)
     for first in range(start, vocab, columns):
         yield Slab(slice(first, min(first + columns, vocab)), _from_column(first, rows), None, room)
@@ -197,10 +199,21 @@ def _may_lend(d_weight: torch.Tensor, rows: int, columns: int, hidden: torch.Ten
     return d_weight.dtype == _dz_dtype(hidden) and 4 * rows * dz_pitch(columns, hidden) <= d_weight.numel()
 
 
-def _lent(d_weight: torch.Tensor, row: int, rows: int, columns: int, hidden: torch.Tensor) -> torch.Tensor | None:
-    """Room for a slab of dz in dWeight from `row` on, None where it does not fit."""
-    first, entries = row * d_weight.shape[1], rows * dz_pitch(columns, hidden)
-    return d_weight.view(-1)[first : first + entries] if first + entries <= d_weight.numel() else None
+def _lent_slabs(
+    rows: Rows, vocab: int, start: int, columns: int, half: int, tile: int, d_weight: torch.Tensor
+) -> Iterator[Slab]:
+    """Slabs from token `start` on whose dz fits into dWeight behind the slab's own rows, each as wide as that allows.
+
+    They are multiples of `columns`, and after these down to `half` of them, in whole tiles.
+    """
+    total, width = len(rows.targets), d_weight.shape[1]
+    least = columns
+    while (widest := ((vocab - start) * width - total * PITCH) // (total + width)) >= least:
+        stop = start + (widest // columns * columns or widest // tile * tile)
+        first = stop * width
+        room = d_weight.view(-1)[first : first + total * dz_pitch(stop - start, rows.hidden)]
+        yield Slab(slice(start, stop), _from_column(start, rows), None, room)
+        start, least = stop, half
 
 
 def _from_column(start: int, rows: Rows) -> Rows:
