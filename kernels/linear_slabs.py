@@ -311,7 +311,7 @@ def filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: Se
     The hidden states of the lead are gathered once, those of a slab's other rows behind them.
     """
     # all that the first slab may take: it keeps the device busy until the counts are here
-    x = hidden[selection.index[0]]
+    x = hidden.index_select(0, selection.index[0])
     lead = selection.counts.lead
     room = _room(selection.counts.most, columns, hidden)
     for slab, count in enumerate(selection.counts.of_slabs):

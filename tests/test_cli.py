@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -359,7 +360,9 @@ def test_a_signal_ends_a_real_process(place, tmp_path, number, code):
         "-o",
         tmp_path / "out.jsonl",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell starts what runs in its background deaf to SIGINT, and so would be what this starts
+    heard = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     with open(prompts, "w"):  # opens when the command does: from here on it waits for prompts
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
