@@ -406,6 +406,57 @@ def test_a_row_that_every_slab_takes_is_gathered_once(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ["all", "logprob alone, expanded", "entropy alone, strided", "lse alone, float64"])
+def test_what_dz_needs_of_a_row(device, given):
+    """Against the formulas in float64; a certain target keeps the digits of 1 − p, one that is impossible has p = 0."""
+    from entropy_fast.kernels.linear_dlogits import row_coefficients
+    from entropy_fast.reference.linear import LinearStats
+    from entropy_fast.reference.rows import RowGradients
+    from entropy_fast.reference.transform import Transform
+
+    rows, transform = 301, Transform(1.7, 0.3, 5.0)
+    g = torch.Generator().manual_seed(3)
+    logprob = -torch.rand(rows, generator=g).mul(30).sub(24).exp()
+    logprob[:4] = torch.tensor([-1e-9, -0.0, -math.inf, math.nan])
+    stats = LinearStats(logprob, *torch.rand(3, rows, generator=g))
+    upstream = torch.randn(3, rows, generator=g)
+    grads = {
+        "all": RowGradients(*upstream),
+        "logprob alone, expanded": RowGradients(torch.tensor(-0.7).expand(rows), None, None),
+        "entropy alone, strided": RowGradients(None, upstream.T.contiguous()[:, 1], None),
+        "lse alone, float64": RowGradients(None, None, upstream[2].double()),
+    }[given]
+    to = lambda tensors: type(tensors)(*(None if t is None else t.to(device) for t in tensors))  # noqa: E731
+    gain = torch.tensor(2.0**5)
+    got = row_coefficients(to(stats), to(grads), transform, gain.to(device))
+
+    logp, entropy, peak, log_sum = (t.double() for t in stats)
+    g_logprob, g_entropy, g_lse = (torch.zeros(rows).double() if t is None else t.double() for t in grads)
+    p, outer = logp.exp(), transform.factor * transform.squeeze * 2.0**5
+    plogp = torch.where(p > 0, p * logp, 0.0)
+    terms = {
+        "lse": [(peak + log_sum) / math.log(2)],
+        "constant": [g_logprob * outer, -g_lse * outer, g_entropy * entropy * outer],
+        "slope": [g_entropy * math.log(2) * outer],
+        "target": [
+            *(-g_logprob * logp.expm1() * outer, g_lse * p * outer),
+            *(-g_entropy * plogp * outer, -g_entropy * p * entropy * outer),
+        ],
+    }
+    assert (got.slope is None) == (grads.entropy is None)
+    # a row without its target has no gradient to give
+    assert got.constant[3].isnan()
+    live = torch.arange(rows) != 3
+    # a few roundings of each term, and that of the exponent of p
+    relative = 1e-6 + 1.2e-7 * logp.clamp(min=-1e4).abs()
+    for name, summands in terms.items():
+        a = getattr(got, name)
+        if a is not None:
+            bound = relative * sum(t.abs() for t in summands) + 1e-30
+            assert ((a.cpu().double() - sum(summands)).abs() <= bound)[live].all(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_filter(device):
     from entropy_fast.kernels.linear import linear_backward
 
@@ -484,6 +535,25 @@ def test_the_kernel_for_saved_exponentials_compiles(gpu, options, tmp_path):
     types = dict.fromkeys(("N", "tiles", "pitch", "peaks_stride"), "i32") | {"uncap": "fp32", "target_ptr": "*i64"}
     types |= {"dz_ptr": "*bf16", "exponentials_ptr": "*fp16"}
     compiled = compiled_for(gpu, saved_dlogits_kernel, _variant(256, options), types, "*fp32")
+    if gpu == ("cuda", 90):
+        assert stack_bytes(compiled, tmp_path) == 0
+
+
+@compiles
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("kernel", ["merge", "coefficients", "split"])
+def test_the_kernels_around_them_compile(gpu, kernel, tmp_path):
+    from entropy_fast.kernels import linear_dlogits, linear_forward, linear_operands
+    from entropy_fast.kernels.launch import Variant
+
+    integers = ("N", "V", "n_tiles", "pitch", "step_logprob", "step_entropy", "step_lse", "stride", "D", "K")
+    types = dict.fromkeys(integers, "i32") | {"outer": "fp32", "target_ptr": "*i64", "halves_ptr": "*fp16"}
+    function, variant = {
+        "merge": (linear_forward.merge_kernel, linear_forward._merge(256, False)),
+        "coefficients": (linear_dlogits.coefficients_kernel, linear_dlogits.COEFFICIENTS),
+        "split": (linear_operands.split_kernel, Variant({"BLOCK": linear_operands.SPLIT_BLOCK})),
+    }[kernel]
+    compiled = compiled_for(gpu, function, variant, types, "*fp32")
     if gpu == ("cuda", 90):
         assert stack_bytes(compiled, tmp_path) == 0
 
