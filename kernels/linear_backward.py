@@ -18,6 +18,7 @@ import torch
 
 from entropy_fast.kernels.launch import ceil_div, launch
 from entropy_fast.kernels.linear_dlogits import dlogits_kernel, row_coefficients
+from entropy_fast.kernels.linear_filtered import Counts, Selection, filtered_slabs
 from entropy_fast.kernels.linear_operands import (
     Operand,
     Tiling,
@@ -30,13 +31,10 @@ from entropy_fast.kernels.linear_operands import (
 from entropy_fast.kernels.linear_saved import saved_dlogits
 from entropy_fast.kernels.linear_slabs import (
     SLAB_COLUMNS,
-    Counts,
     Rows,
-    Selection,
     Slab,
     all_slabs,
     dz_pitch,
-    filtered_slabs,
     saved_in,
 )
 from entropy_fast.reference.linear import Gradients, LinearStats
