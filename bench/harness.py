@@ -78,7 +78,7 @@ def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str
             _wait()
             times[name] = []
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+            name_failure(name, error)
     names = list(times)
     for i in range(rounds):
         # i, i + 1, i − 1, i + 2, …
@@ -86,6 +86,11 @@ def alternating_ms(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str
         for name, ms in zip(order, _round_ms([calls[name] for name in order]), strict=True):
             times[name].append(ms)
     return times
+
+
+def name_failure(name: str, error: Exception) -> None:
+    """Say on stderr which call failed, and why."""
+    print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
 
 
 def _round_ms(calls: list[Callable[[], Any]]) -> list[float]:

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from bench.harness import (
     float64_stats,
     graph_ms,
     largest_errors,
+    name_failure,
     peak_bytes,
     read_ms,
     show,
@@ -248,7 +248,7 @@ def graph_times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
             call()
             times[name] = graph_ms([call])
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+            name_failure(name, error)
     return times
 
 

@@ -13,7 +13,6 @@ of a call in a CUDA graph, over as many inputs as no cache holds: what is left w
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from bench.harness import (
     host_us,
     largest_errors,
     median_ms,
+    name_failure,
     peak_bytes,
     read_ms,
     show,
@@ -129,7 +129,7 @@ class Case:
                 measured = {"error_logprob": errors[0], "error_entropy": errors[1], "peak_bytes": peak_bytes(call)}
                 self.add("forward", name, outputs, median_ms(call), floor, **measured)
             except Exception as error:
-                print(f"{name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                name_failure(name, error)
         mask = torch.arange(len(self.targets), device=self.targets.device) % 2 == 0
         ms = median_ms(lambda: token_stats(self.logits, self.targets, mask=mask))
         self.add("forward, half masked", "entropy_fast", BOTH, ms, floor)
@@ -148,7 +148,7 @@ class Case:
 
                 self.add("backward", name, outputs, median_ms(call), floor, peak_bytes=peak_bytes(call))
             except Exception as error:
-                print(f"{name}, backward: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                name_failure(f"{name}, backward", error)
         if self.logits.is_cuda:
             self.add("backward, in place", "entropy_fast", BOTH, self._in_place(), floor)
 
@@ -164,7 +164,7 @@ class Case:
                 ms = graph_ms([partial(function, x, self.targets) for x in inputs])
                 self.add("forward, in a graph", name, outputs, ms, floor)
             except Exception as error:
-                print(f"{name}, in a graph: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                name_failure(f"{name}, in a graph", error)
                 del functions[name]
 
     def _in_place(self) -> float:

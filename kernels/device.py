@@ -37,6 +37,23 @@ def one_minus_exp(x):
 
 
 @triton.jit
+def gradient_or_zero(gradient_ptr, place, inside, ACC: tl.constexpr):
+    """The incoming gradient at a place, or at the places that are `inside`; None is 0."""
+    if gradient_ptr is None:  # noqa: SIM108 (the other branch does not compile)
+        gradient = tl.full([], 0.0, ACC)
+    else:
+        gradient = tl.load(gradient_ptr + place, mask=inside).to(ACC)
+    return gradient
+
+
+@triton.jit
+def gradient_at_target(logprob, entropy, g, g_entropy, g_lse):
+    """d(g · log-prob + gH · entropy + gL · log-sum-exp) / d(the target's logit), with the digits of 1 − p as p → 1."""
+    pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
+    return g * one_minus_exp(logprob) + pull
+
+
+@triton.jit
 def tanh(x):
     """tanh to float32 precision: an odd polynomial (fitted, relative error 8e-8) below 0.6, exponentials above."""
     u = x * x

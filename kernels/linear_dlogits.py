@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import one_minus_exp
+from entropy_fast.kernels.device import gradient_at_target, gradient_or_zero
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
@@ -76,36 +76,25 @@ def coefficients_kernel(
 ):
     """Rows of `out`: lse, constant, target and, where the entropy has a gradient, slope.
 
-    The target's entry uses 1 − p = −expm1(log p), which keeps its digits where p → 1. A row without its target has no
-    gradient to give, and is NaN.
+    A row without its target has no gradient to give, and is NaN.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = rows < N
     logprob = tl.load(logprob_ptr + rows, mask=live, other=0.0)
-    logp = tl.maximum(logprob, -1e4)
-    p = tl.exp(logp)
+    entropy = tl.load(entropy_ptr + rows, mask=live, other=0.0)
+    lse = tl.load(peak_ptr + rows, mask=live, other=0.0) + tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    g = gradient_or_zero(grad_logprob_ptr, rows * step_logprob, live, tl.float32)
+    g_entropy = gradient_or_zero(grad_entropy_ptr, rows * step_entropy, live, tl.float32)
+    g_lse = gradient_or_zero(grad_lse_ptr, rows * step_lse, live, tl.float32)
     if gain_ptr is not None:
         outer *= tl.load(gain_ptr)
-    constant = tl.where(logprob == logprob, 0.0, float("nan"))
-    target = constant
-    if grad_logprob_ptr is not None:
-        g = tl.load(grad_logprob_ptr + rows * step_logprob, mask=live, other=0.0).to(tl.float32)
-        constant += g
-        target += g * one_minus_exp(logp)
-    if grad_lse_ptr is not None:
-        g_lse = tl.load(grad_lse_ptr + rows * step_lse, mask=live, other=0.0).to(tl.float32)
-        constant -= g_lse
-        target += g_lse * p
-    if grad_entropy_ptr is not None:
-        g_entropy = tl.load(grad_entropy_ptr + rows * step_entropy, mask=live, other=0.0).to(tl.float32)
-        entropy = tl.load(entropy_ptr + rows, mask=live, other=0.0)
-        constant += g_entropy * entropy
-        target -= g_entropy * p * (logp + entropy)
-        tl.store(out_ptr + 3 * pitch + rows, g_entropy * (LN2 * outer), mask=live)
-    lse = tl.load(peak_ptr + rows, mask=live, other=0.0) + tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    constant = tl.where(logprob == logprob, g - g_lse + g_entropy * entropy, float("nan"))
+    target = gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
     tl.store(out_ptr + rows, lse * LOG2E, mask=live)
     tl.store(out_ptr + pitch + rows, constant * outer, mask=live)
     tl.store(out_ptr + 2 * pitch + rows, target * outer, mask=live)
+    if grad_entropy_ptr is not None:
+        tl.store(out_ptr + 3 * pitch + rows, g_entropy * (LN2 * outer), mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "n_units"])

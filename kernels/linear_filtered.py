@@ -112,8 +112,8 @@ def filtered_slabs(hidden: torch.Tensor, vocab: int, columns: int, selection: Se
         rows = scattered = None
         if count > lead:
             scattered = selection.scattered[slab, lead:count]
-        if count > lead and slab > 0:
-            torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
+            if slab > 0:
+                torch.index_select(hidden, 0, selection.index[slab, lead:count], out=x[lead:count])
         if count:
             here = x[:count]
             numbers = (None if t is None else t[slab, :count] for t in selection.coefficients)

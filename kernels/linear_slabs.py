@@ -171,15 +171,11 @@ def all_slabs(
             here = slice(start, start + saved.columns)
             yield Slab(here, _from_column(start, rows), None, exponentials, (exponentials, peaks))
             start += saved.columns
+    room = None
     if saved is not None and saved.spare is not None:
-        room = saved.spare.view(_dz_dtype(rows.hidden))
-        for first in range(start, vocab, saved.columns):
-            columns = min(saved.columns, vocab - first)
-            yield Slab(slice(first, first + columns), _from_column(first, rows), None, room)
-        return
-    half = ceil_div(columns // 2, tiling.BN) * tiling.BN
-    if d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
-        own = start
+        columns, room = saved.columns, saved.spare.view(_dz_dtype(rows.hidden))
+    elif d_weight is not None and _may_lend(d_weight, total, columns, rows.hidden):
+        own, half = start, ceil_div(columns // 2, tiling.BN) * tiling.BN
         for slab in _lent_slabs(rows, vocab, start, columns, half, tiling.BN, d_weight):
             yield slab
             start = slab.columns.stop
@@ -187,7 +183,7 @@ def all_slabs(
             # all alike, and a quarter wider rather than one more
             count = ceil_div(vocab - start, 5 * half // 4)
             columns = ceil_div(vocab - start, count * tiling.BN) * tiling.BN
-    room = room_for(total, columns, rows.hidden)
+    room = room_for(total, columns, rows.hidden) if room is None else room
     for first in range(start, vocab, columns):
         yield Slab(slice(first, min(first + columns, vocab)), _from_column(first, rows), None, room)
 

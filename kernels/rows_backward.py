@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import LOG2E, LOWEST, one_minus_exp, tanh
+from entropy_fast.kernels.device import LOG2E, LOWEST, gradient_at_target, gradient_or_zero, tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
@@ -28,16 +28,6 @@ from entropy_fast.reference.transform import Transform
 # Most registers of a thread where rows start anywhere: left alone, the compiler chooses between 32 and 40 by what else
 # the kernel says, and has lost up to a tenth by it.
 ODD_REGISTERS = 40
-
-
-@triton.jit
-def gradient_or_zero(gradient_ptr, place, ACC: tl.constexpr):
-    """The incoming gradient at a place; None is 0."""
-    if gradient_ptr is None:  # noqa: SIM108 (the other branch does not compile)
-        gradient = tl.full([], 0.0, ACC)
-    else:
-        gradient = tl.load(gradient_ptr + place).to(ACC)
-    return gradient
 
 
 @triton.jit
@@ -135,13 +125,12 @@ def row_stats_backward_kernel(
         entropy = tl.load(entropy_ptr + row)
         peak = tl.load(peak_ptr + row)
         log_sum = tl.load(log_sum_ptr + row)
-        g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, ACC)
-        g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, ACC)
-        g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, ACC)
+        g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, None, ACC)
+        g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, None, ACC)
+        g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, None, ACC)
         b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
         b1 = -k * k * g_entropy
-        pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
-        at_target = k * (g * one_minus_exp(logprob) + pull)
+        at_target = k * gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
         offset = log_sum * LOG2E
         gradient_block(
             source_ptr + place, gradient_ptr + place, bias_ptr, place - phase, whole,

@@ -116,6 +116,17 @@ def _stats(
 compute_stats = outside_autocast(_stats)
 
 
+def is_plain(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether operators on these may be passed by: no subclass of tensors, nobody looks."""
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and nobody_looks(hidden)
+
+
+def is_differentiable(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether what is computed from these will have a gradient."""
+    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def linear_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -130,11 +141,9 @@ def linear_stats(
     empty.
     """
     device = hidden.device.type
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and nobody_looks(hidden)
-    if plain and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device):
-        differentiable = (hidden, weight) if bias is None else (hidden, weight, bias)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
-            return _stats(hidden, weight, targets, bias, *rest, for_backward=for_backward)
+    alone = is_plain(hidden, weight) and device in ("cpu", "cuda") and not torch.is_autocast_enabled(device)
+    if alone and not is_differentiable(hidden, weight, bias):
+        return _stats(hidden, weight, targets, bias, *rest, for_backward=for_backward)
     return torch.ops.entropy_fast.linear_stats.default(hidden, weight, targets, bias, *rest)
 
 

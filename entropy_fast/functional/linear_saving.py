@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from entropy_fast.functional.linear_operators import compute_gradients, compute_stats, implementation, in_their_places
-from entropy_fast.functional.operators import nobody_looks
+from entropy_fast.functional.linear_operators import (
+    compute_gradients,
+    compute_stats,
+    implementation,
+    in_their_places,
+    is_differentiable,
+    is_plain,
+)
 from entropy_fast.reference import linear as reference
 
 
@@ -25,17 +31,13 @@ def memory_for(
         precision: of the call.
     """
     narrow = hidden.dtype in (torch.bfloat16, torch.float16)
-    if not (narrow and backward_memory and torch.is_grad_enabled()):
-        return None
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not nobody_looks(hidden):
+    if not (narrow and backward_memory and is_differentiable(hidden, weight, bias) and is_plain(hidden, weight)):
         return None
     module = implementation(hidden, precision)
     if module is reference:
         return None
     if backward_memory == "gradient":
         return torch.empty_like(weight, memory_format=torch.contiguous_format) if weight.requires_grad else None
-    if not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return None
     return module.spare_memory(backward_memory, hidden, weight.shape[0])
 
 
