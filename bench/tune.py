@@ -34,14 +34,16 @@ VOCABULARIES = (1024, 50257, 32000, 128256)
 
 
 def candidates(segments: int, narrow: bool, vocab: int) -> list[Settings]:
-    """Shapes worth trying: 32 to 512 threads, one or two loads a step, each at the residency that its threads allow."""
+    """Shapes worth trying: 32 to 512 threads, one to eight loads a step, each at the residency that it allows."""
     found = []
-    for unroll, warps, stages in product((1, 2), (1, 2, 4, 8, 16), (1,) if narrow else (3, 4, 6)):
+    for unroll, warps in product((1, 2) if narrow else (2, 4, 8), (1, 2, 4, 8, 16)):
         lanes = 32 * warps
         if unroll * lanes * 8 > max(vocab, 512):
             continue
-        resident = 32 // warps
-        found += [Settings(unroll, lanes, warps, stages, segments, resident, 0, r, narrow) for r in (None, 64, 80)]
+        for most in (64, 80, 128):
+            # of 65536 registers
+            resident = max(1, 2048 // (most * warps))
+            found.append(Settings(unroll, lanes, warps, segments, resident, 0, most, narrow))
     return found
 
 

@@ -238,8 +238,9 @@ def _variant(
     narrow = width * itemsize < 8
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
-    # what does not fit into the limit would spill
-    crowded = itemsize == 8 or ((narrow or settings.warps < 8) and (has_bias or softcap or sequences))
+    # what does not fit into the limit would spill: elements that are not in words of two, beside many loads
+    extra = has_bias or softcap or (sequences and (narrow or itemsize > 2))
+    crowded = itemsize == 8 or (extra and (narrow or settings.unroll > 2))
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
@@ -254,7 +255,6 @@ def _variant(
             "LANES": settings.lanes,
             "WIDTH": width,
             "WORDS": words,
-            "STAGES": settings.stages,
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
         num_warps=settings.warps,

@@ -13,10 +13,11 @@ vocabulary alone, and segments merge in order: in the one program that holds the
 the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
 bits depend neither on the number of rows nor on its place.
 
-One loop takes all blocks of a row, the last, partial one too, and requests the target's logit with the first: nothing
-waits for memory after it. 16-bit logits without bias or softcap stay in words of two until they are added (PAIRS, see
-`rows_pairs`). 16-bit rows that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next
-(WORDS, see `rows_loads`).
+One loop takes all blocks of a row, the last, partial one too. The next block's loads are issued before a block is added,
+to registers: no thread waits for another in the loop, as it would with loads to shared memory. The target's logit is
+requested behind the first block, so nothing waits for memory after the loop. 16-bit logits without bias or softcap stay
+in words of two until they are added (PAIRS, see `rows_pairs`). 16-bit rows that start on any 2 bytes are read as aligned
+words of 4 bytes, each shifted into the next (WORDS, see `rows_loads`); that takes the registers of the block ahead.
 """
 
 import triton
@@ -83,7 +84,6 @@ def row_stats_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
-    STAGES: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
     """One program a row, or a segment of a row where rows are few.
@@ -91,6 +91,7 @@ def row_stats_kernel(
     With a list, whoever is free takes the next row; with a mask, a program whose row is masked ends at once.
     """
     BLOCK: tl.constexpr = UNROLL * LANES * WIDTH
+    STEPS: tl.constexpr = 1 if WORDS else 2
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
@@ -100,8 +101,6 @@ def row_stats_kernel(
         stride_inner = stride_inner // WIDTH * WIDTH
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
-    # what may be read of a row: whole loads, which end within the 16 bytes that hold its last element
-    loaded = tl.cdiv(vocab, WIDTH) * WIDTH
     blocks = tl.cdiv(vocab, BLOCK)
     per_segment = tl.cdiv(blocks, SEGMENTS)
     if active_ptr is not None:
@@ -141,40 +140,47 @@ def row_stats_kernel(
         m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
         known = (target >= 0) & (target < vocab)
-        # NaN where it is no token's, and until it is read
-        raw_target = tl.full([], float("nan"), logits_ptr.dtype.element_ty)
         first = part * per_segment
         last = tl.where(parts == 1, blocks, min(first + per_segment, blocks))
+        end = min(last * BLOCK, vocab)
         to_merge = per_segment
-        # one block at least, even behind the row's end: with the first the target's logit is requested
-        for block in tl.range(first, max(last, first + 1), num_stages=STAGES):
-            start = block * BLOCK
-            left = vocab - start
-            w = load_block(row_ptr, words_ptr, phase, start, left, loaded - start, BLOCK, PAIRS, WORDS, STAGES > 1)
-            if block == first:
-                raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
-            if PAIRS:
-                w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
-                if left < BLOCK:
-                    w = keep_first(w, left, row_ptr.dtype.element_ty)
-                m, s, r, e = absorb_pairs(w, m, s, r, e, alpha, row_ptr.dtype.element_ty, PACKED)
-            else:
-                w = w.to(ACC)
-                if bias_ptr is not None:
-                    w += load_up_to(bias_ptr + start, left, BLOCK, EVEN and STAGES > 1, "").to(ACC)
-                w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
-                # absorbed in either branch: before a common one the compiler makes the first a select an element
-                if left < BLOCK:
-                    w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
-                    m, s, r, e = absorb(w, m, s, r, e, alpha)
+        if not WORDS:
+            ahead = load_block(row_ptr, words_ptr, phase, first * BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
+        # NaN where it is no token's
+        raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
+        for step in tl.range(first, last, STEPS, num_stages=1):
+            # two blocks a step, because the registers of one are loaded while those of the other are added; the second
+            # may lie behind the end, and adds nothing
+            for i in tl.static_range(STEPS):
+                start = (step + i) * BLOCK
+                if WORDS:
+                    w = load_block(row_ptr, words_ptr, phase, start, end, BLOCK, WIDTH, PAIRS, WORDS)
                 else:
-                    m, s, r, e = absorb(w, m, s, r, e, alpha)
-            if SEGMENTS > 1:
-                to_merge -= 1
-                if to_merge == 0:
-                    to_merge = per_segment
-                    m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
-                    m, s, r, e = empty_sets(LANES, ACC)
+                    w = ahead
+                    ahead = load_block(row_ptr, words_ptr, phase, start + BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
+                left = end - start
+                if PAIRS:
+                    w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
+                    if left < BLOCK:
+                        w = keep_first(w, left, row_ptr.dtype.element_ty)
+                    m, s, r, e = absorb_pairs(w, m, s, r, e, alpha, row_ptr.dtype.element_ty, PACKED)
+                else:
+                    w = w.to(ACC)
+                    if bias_ptr is not None:
+                        w += load_up_to(bias_ptr + start, left, BLOCK, EVEN, "").to(ACC)
+                    w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
+                    # absorbed in either branch: before a common one the compiler makes the first a select an element
+                    if left < BLOCK:
+                        w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
+                        m, s, r, e = absorb(w, m, s, r, e, alpha)
+                    else:
+                        m, s, r, e = absorb(w, m, s, r, e, alpha)
+                if SEGMENTS > 1:
+                    to_merge -= 1
+                    if to_merge == 0:
+                        to_merge = per_segment
+                        m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+                        m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
 
         w_target = raw_target.to(ACC)

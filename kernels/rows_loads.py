@@ -11,14 +11,14 @@ from entropy_fast.kernels.rows_pairs import halves
 
 
 @triton.jit
-def load_up_to(pointer, left, BLOCK: tl.constexpr, PIPELINED: tl.constexpr, POLICY: tl.constexpr):
+def load_up_to(pointer, left, BLOCK: tl.constexpr, WIDE: tl.constexpr, POLICY: tl.constexpr):
     """Elements [BLOCK], the first `left` of them read.
 
-    Loads in branches are not pipelined, so those that shall be have a mask in every block. Where each element has a
-    load of its own, and so a mask, only the last block has them.
+    WIDE: several by a load, with one mask, which is cheaper than a branch. Where each element has a load of its own, and
+    so a mask, only the last block has them.
     """
     place = tl.arange(0, BLOCK)
-    if PIPELINED:
+    if WIDE:
         x = tl.load(pointer + place, mask=place < left, other=0, eviction_policy=POLICY)
     elif left >= BLOCK:
         x = tl.load(pointer + place, eviction_policy=POLICY)
@@ -79,18 +79,19 @@ def load_block(
     words_ptr,
     phase,
     start,
-    left,
-    loaded,
+    end,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
     WORDS: tl.constexpr,
-    PIPELINED: tl.constexpr,
 ):
-    """Elements [BLOCK] of a row from `start` on, of which `left` exist; with PAIRS as words [BLOCK // 2] of two.
+    """Elements [BLOCK] of a row from `start` on, those before `end`; with PAIRS as words [BLOCK // 2] of two.
 
-    `loaded` is `left` rounded up to whole loads: as many elements may be read. Of one dimension, so that a vector stays
-    in one thread, whatever layout the compiler likes for three.
+    Whole loads of WIDTH elements may read past the end, within the 16 bytes that hold the last element. Of one
+    dimension, so that a vector stays in one thread, whatever layout the compiler likes for three.
     """
+    left = end - start
+    loaded = tl.cdiv(left, WIDTH) * WIDTH
     if WORDS:
         if left < BLOCK:
             w = load_words(words_ptr + start // 2, phase, left, BLOCK)
@@ -99,7 +100,7 @@ def load_block(
         if not PAIRS:
             w = elements(w, row_ptr.dtype.element_ty)
     elif PAIRS:
-        w = load_up_to(words_ptr + start // 2, loaded // 2, BLOCK // 2, PIPELINED, "evict_first")
+        w = load_up_to(words_ptr + start // 2, loaded // 2, BLOCK // 2, True, "evict_first")
     else:
-        w = load_up_to(row_ptr + start, loaded, BLOCK, PIPELINED, "evict_first")
+        w = load_up_to(row_ptr + start, loaded, BLOCK, WIDTH > 1, "evict_first")
     return w

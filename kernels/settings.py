@@ -15,7 +15,6 @@ class Settings(NamedTuple):
         unroll: 16-byte loads of a lane in a block.
         lanes: independent running sums of a program.
         warps: warps of a program.
-        stages: depth of the software pipeline of loads.
         segments: pieces that a row is cut into; part of the result's bits, so never a function of the number of rows.
         resident: programs that a multiprocessor runs at once.
         split: active rows a multiprocessor below which programs share rows, a segment each.
@@ -26,7 +25,6 @@ class Settings(NamedTuple):
     unroll: int
     lanes: int
     warps: int
-    stages: int
     segments: int
     resident: int
     split: float
@@ -45,10 +43,11 @@ class BackwardSettings(NamedTuple):
 # them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
-        (2048, None, Settings(2, 32, 1, 3, 1, 32, 0)),
-        (2**31, True, Settings(2, 128, 4, 1, 4, 8, 1.0, 64, True)),
-        (65536, False, Settings(2, 128, 4, 4, 1, 8, 0, 64)),
-        (2**31, None, Settings(2, 256, 8, 6, 4, 4, 0.75, 64)),
+        (2048, None, Settings(2, 32, 1, 1, 32, 0)),
+        (2**31, True, Settings(2, 128, 4, 4, 8, 1.0, 64, True)),
+        (16384, False, Settings(2, 128, 4, 1, 8, 0, 64)),
+        (65536, False, Settings(4, 256, 8, 1, 4, 0, 64)),
+        (2**31, None, Settings(2, 512, 16, 4, 2, 0.75, 64)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.

@@ -26,7 +26,7 @@ def small(segments=3, split=100, words=False):
     """Settings with which a vocabulary of 100 has whole blocks, a tail and several segments."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(2, lanes=4, warps=1, stages=1, segments=segments, resident=2, split=split, words=words)
+    return Settings(2, lanes=4, warps=1, segments=segments, resident=2, split=split, words=words)
 
 
 # bf16 without bias and softcap is read in words of two
@@ -430,10 +430,9 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
                 assert stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
             if target[0] == "cuda":
                 ptx = compiled.asm["ptx"]
-                # 16-byte loads; all stages but two are in flight while one is added
-                stages = variant.constants["STAGES"] - 2
-                waits = rf"cp\.async\.wait_group\s+(0x)?{stages * (2 if everything else 1)}\b"
-                assert not aligned or ("cp.async.cg" in ptx and re.search(waits, ptx))
+                # 16-byte loads, of the first block and in the loop of the next two
+                wide = len(re.findall(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx))
+                assert not aligned or wide >= 3 * variant.constants["UNROLL"]
                 pairs = logits_type[-2:] == "16" and not everything
                 assert ("max.bf16x2" in ptx or "max.f16x2" in ptx) == pairs
 
