@@ -30,7 +30,8 @@ from entropy_fast.files import atomic_text
 ROOT = Path(__file__).parent.parent
 # Longer than any call here takes the host to submit, in cycles of a GPU at 2 GHz: 1.5 ms.
 QUEUE_CYCLES = 3_000_000
-# Larger than any cache: writing it leaves nothing of the inputs there.
+# Larger than any cache: reading it leaves nothing of the inputs there, and nothing that has yet to be written back, as
+# writing it would: 10 µs of an H100's memory, within whatever is timed next.
 FLUSH_BYTES = 256 * 2**20
 
 # Columns of a row for which nothing was measured.
@@ -46,11 +47,11 @@ def median_ms(call: Callable[[], Any], repeats: int = 30) -> float:
     call(), call()
     if not torch.cuda.is_available():
         return statistics.median(t for _ in range(repeats) for t in _round_ms([call]))
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.sum()
         torch.cuda._sleep(QUEUE_CYCLES)
         start.record()
         call()
