@@ -14,6 +14,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 # Far below any difference of logits, and finite: 0 · LOWEST is 0 where 0 · (−inf) would be NaN.
 LOWEST = tl.constexpr(-1e30)
+# Up to here tanh's polynomial holds.
+TANH_NEAR_ZERO = tl.constexpr(0.6)
 
 
 @triton.jit
@@ -54,20 +56,30 @@ def gradient_at_target(logprob, entropy, g, g_entropy, g_lse):
 
 
 @triton.jit
-def tanh(x):
-    """tanh to float32 precision: an odd polynomial (fitted, relative error 8e-8) below 0.6, exponentials above."""
+def tanh_near_zero(x):
+    """tanh of float32 numbers below TANH_NEAR_ZERO in size: an odd polynomial, fitted, relative error 8e-8."""
     u = x * x
     poly = -6.27639e-3
     poly = poly * u + 2.111621e-2
     poly = poly * u - 5.387514e-2
     poly = poly * u + 1.3332924e-1
     poly = poly * u - 3.333333e-1
-    size = tl.abs(x)
-    large = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2E)))
-    large = tl.where(x < 0, -large, large)
+    return x + x * (u * poly)
+
+
+@triton.jit
+def tanh_far(x):
+    """tanh by an exponential, without overflow at either end; near 0 with an absolute error of a rounding of 1."""
+    size = 1.0 - 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * LOG2E)))
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to the precision of x: the polynomial near 0, the exponential elsewhere."""
     if x.dtype == tl.float64:
-        return large
-    return tl.where(size < 0.6, x + x * (u * poly), large)
+        return tanh_far(x)
+    return tl.where(tl.abs(x) < TANH_NEAR_ZERO, tanh_near_zero(x), tanh_far(x))
 
 
 @triton.jit

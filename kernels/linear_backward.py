@@ -169,7 +169,7 @@ def _run_slabs(
         if saved is None:
             dz = _slab_dlogits(rows, w, None if bias is None else bias[columns], transform, room, tiling)
         else:
-            dz = [saved_dlogits(*saved, rows.targets, stats, rows.coefficients, transform, w.dtype, len(w))]
+            dz = [saved_dlogits(*saved, rows.targets, rows.coefficients, transform, w.dtype, len(w))]
         if hidden_sum is not None:
             hidden_sum.add(_products(dz, _parts(w)), scattered)
         if d_weight is not None:

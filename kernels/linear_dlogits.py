@@ -22,11 +22,15 @@ from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.rows import RowGradients, is_expanded
 from entropy_fast.reference.transform import Transform
 
-COEFFICIENTS = Variant({"BLOCK": 256}, num_warps=4)
+# Of the kernel below, without and with a softcap.
+COEFFICIENTS = [Variant({"BLOCK": 256, "SOFTCAP": softcap}, num_warps=4) for softcap in (False, True)]
 
 
 class RowCoefficients(NamedTuple):
-    """dz = −p (constant + slope · log2 p), and `target` in the target's column; (rows,) float32 each."""
+    """dz = −p (constant + slope · log2 p) times the softcap's slope, and `target` in the target's column.
+
+    (rows,) float32 each; `lse` in base 2.
+    """
 
     lse: torch.Tensor
     constant: torch.Tensor
@@ -37,19 +41,20 @@ class RowCoefficients(NamedTuple):
 def row_coefficients(
     stats: LinearStats, grads: RowGradients, transform: Transform, gain: torch.Tensor | None = None
 ) -> RowCoefficients:
-    """What dz needs of each row; `lse` in base 2. `gain`, a scalar on the device, multiplies dz."""
+    """What dz needs of each row. `gain`, a scalar on the device, multiplies dz."""
     rows, device = len(stats.logprob), stats.logprob.device
     incoming = RowGradients(*(t if t is None or is_expanded(t) else t.contiguous() for t in grads))
     # each starts on 16 bytes
     pitch = ceil_div(rows, 4) * 4
     out = torch.empty(3 if grads.entropy is None else 4, pitch, dtype=torch.float32, device=device)
+    variant = COEFFICIENTS[transform.softcap is not None]
     launch(
         coefficients_kernel,
-        ceil_div(rows, COEFFICIENTS.constants["BLOCK"]),
+        ceil_div(rows, variant.constants["BLOCK"]),
         (out, *stats, *incoming, gain),
         (rows, pitch, *(0 if t is None or is_expanded(t) else 1 for t in incoming)),
-        (transform.factor * (transform.squeeze or 1.0),),
-        COEFFICIENTS,
+        (transform.factor * (transform.squeeze or 1.0), 1.0 / transform.factor),
+        variant,
     )
     lse, constant, target, *slope = out[:, :rows]
     return RowCoefficients(lse, constant, slope[0] if slope else None, target)
@@ -72,7 +77,9 @@ def coefficients_kernel(
     step_entropy,
     step_lse,
     outer,
+    uncap,
     BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Rows of `out`: lse, constant, target and, where the entropy has a gradient, slope.
 
@@ -90,6 +97,9 @@ def coefficients_kernel(
         outer *= tl.load(gain_ptr)
     constant = tl.where(logprob == logprob, g - g_lse + g_entropy * entropy, float("nan"))
     target = gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
+    if SOFTCAP:
+        core = (logprob + lse) * uncap
+        target *= 1.0 - core * core
     tl.store(out_ptr + rows, lse * LOG2E, mask=live)
     tl.store(out_ptr + pitch + rows, constant * outer, mask=live)
     tl.store(out_ptr + 2 * pitch + rows, target * outer, mask=live)
@@ -150,14 +160,14 @@ def dlogits_kernel(
         if HAS_ENTROPY:
             weight_of_p += tl.load(slope_ptr + rows, mask=live, other=0.0)[:, None] * logp
         d = -tl.exp2(logp) * weight_of_p
+        if SOFTCAP:
+            d *= 1.0 - core * core
         target = tl.load(target_ptr + rows, mask=live, other=-1)
         here = (target >= col0) & (target < col0 + BN)
         if tl.max(here.to(tl.int32), 0) > 0:
             column = (target - col0).to(tl.int32)
             at_target = tl.load(dz_target_ptr + rows, mask=live, other=0.0)
             d = tl.where(tl.arange(0, BN)[None, :] == column[:, None], at_target[:, None], d)
-        if SOFTCAP:
-            d *= 1.0 - core * core
         _store_tile(dz, d, row0, col0, N, dz_stride, n_col_tiles * BN, BM, BN, TMA, PARTS)
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from entropy_fast.kernels.device import TANH_NEAR_ZERO, tanh_far, tanh_near_zero
 from entropy_fast.kernels.linear_tiles import LOG2E, LOWEST, tile_of
 
 # Renamed in Triton 3.7 or later.
@@ -185,7 +186,14 @@ def _worker(
             acc = acc + bias[None, :]
         scale = factor * LOG2E
         if SOFTCAP:
-            acc = 1.0 - 2.0 / (1.0 + gl.exp2(acc * (2.0 * LOG2E * squeeze)))
+            acc = acc * squeeze
+            # the tile's largest decides how, not what: either way an element gets the same bits
+            if gl.max(gl.max(gl.abs(acc), 1), 0) < TANH_NEAR_ZERO:
+                acc = tanh_near_zero(acc)
+            else:
+                # 0 in place of the large ones: what both branches compute is moved before them, and fills registers
+                far = gl.abs(acc) >= TANH_NEAR_ZERO
+                acc = gl.where(far, tanh_far(acc), tanh_near_zero(gl.where(far, 0.0, acc)))
         if BACKWARD:
             lse = gl.load(lse_ptr + rows, mask=live, other=0.0)
             constant = gl.load(constant_ptr + rows, mask=live, other=0.0)
@@ -196,11 +204,12 @@ def _worker(
                 dz = dz * (constant[:, None] + slope[:, None] * logp)
             else:
                 dz = dz * constant[:, None]
+            if SOFTCAP:
+                # before the target's branch, which the logits then need not outlive
+                dz = dz * (1.0 - acc * acc)
             if gl.max(here.to(gl.int32), 0) > 0:
                 at_target = gl.load(dz_target_ptr + rows, mask=live, other=0.0)
                 dz = gl.where(cols[None, :] == column[:, None], at_target[:, None], dz)
-            if SOFTCAP:
-                dz = dz * (1.0 - acc * acc)
             high = dz.to(out.dtype)
             buffer = outbox.index(HALF)
             tma.store_wait(0)

@@ -18,7 +18,6 @@ import triton.language as tl
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_dlogits import RowCoefficients
 from entropy_fast.kernels.linear_tiles import LOG2E
-from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
 
 # Rows and warps of a program of the element-wise pass.
@@ -32,7 +31,6 @@ def saved_dlogits_kernel(
     exponentials_ptr,
     peaks_ptr,
     target_ptr,
-    logprob_ptr,
     lse_ptr,
     constant_ptr,
     slope_ptr,
@@ -71,9 +69,6 @@ def saved_dlogits_kernel(
     here = (target >= col0) & (target < col0 + BN)
     if tl.max(here.to(tl.int32), 0) > 0:
         at_target = tl.load(dz_target_ptr + rows, mask=live, other=0.0)
-        if SOFTCAP:
-            core_at_target = (tl.load(logprob_ptr + rows, mask=live, other=0.0) * LOG2E + lse) * uncap
-            at_target *= 1.0 - core_at_target * core_at_target
         column = (target - col0).to(tl.int32)
         d = tl.where(tl.arange(0, BN)[None, :] == column[:, None], at_target[:, None], d)
     tl.store(dz_ptr + at, d.to(dz_ptr.dtype.element_ty), mask=live[:, None])
@@ -83,7 +78,6 @@ def saved_dlogits(
     exponentials: torch.Tensor,
     peaks: torch.Tensor,
     targets: torch.Tensor,
-    stats: LinearStats,
     coefficients: RowCoefficients,
     transform: Transform,
     dtype: torch.dtype,
@@ -95,7 +89,6 @@ def saved_dlogits(
         exponentials: (at least rows, pitch), fp16, of one slab.
         peaks: (tiles, at least rows), of that slab.
         targets: (rows,), counted from the slab's first token.
-        stats: (rows,) each.
         coefficients: (rows,) each.
         transform: as in the forward.
         dtype: 16 bits wide.
@@ -107,7 +100,7 @@ def saved_dlogits(
     launch(
         saved_dlogits_kernel,
         tiles * ceil_div(rows, BLOCK_ROWS),
-        (dz, exponentials, peaks, targets, stats.logprob if softcap else None, *coefficients),
+        (dz, exponentials, peaks, targets, *coefficients),
         (rows, tiles, exponentials.stride(0), peaks.stride(0)),
         (1.0 / (transform.factor * LOG2E.value),),
         _variant(columns // tiles, softcap),

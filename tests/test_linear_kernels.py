@@ -407,17 +407,19 @@ def test_a_row_that_every_slab_takes_is_gathered_once(monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("given", ["all", "logprob alone, expanded", "entropy alone, strided", "lse alone, float64"])
-def test_what_dz_needs_of_a_row(device, given):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_dz_needs_of_a_row(device, given, softcap):
     """Against the formulas in float64; a certain target keeps the digits of 1 − p, one that is impossible has p = 0."""
     from entropy_fast.kernels.linear_dlogits import row_coefficients
     from entropy_fast.reference.linear import LinearStats
     from entropy_fast.reference.rows import RowGradients
     from entropy_fast.reference.transform import Transform
 
-    rows, transform = 301, Transform(1.7, 0.3, 5.0)
+    rows, transform = 301, Transform(1.7, 0.3, softcap)
     g = torch.Generator().manual_seed(3)
     logprob = -torch.rand(rows, generator=g).mul(30).sub(24).exp()
-    logprob[:4] = torch.tensor([-1e-9, -0.0, -math.inf, math.nan])
+    # no logit is out of a softcap's reach
+    logprob[:4] = torch.tensor([-1e-9, -0.0, -3.0 if softcap else -math.inf, math.nan])
     stats = LinearStats(logprob, *torch.rand(3, rows, generator=g))
     upstream = torch.randn(3, rows, generator=g)
     grads = {
@@ -432,7 +434,7 @@ def test_what_dz_needs_of_a_row(device, given):
 
     logp, entropy, peak, log_sum = (t.double() for t in stats)
     g_logprob, g_entropy, g_lse = (torch.zeros(rows).double() if t is None else t.double() for t in grads)
-    p, outer = logp.exp(), transform.factor * transform.squeeze * 2.0**5
+    p, outer = logp.exp(), transform.factor * (transform.squeeze or 1.0) * 2.0**5
     plogp = torch.where(p > 0, p * logp, 0.0)
     terms = {
         "lse": [(peak + log_sum) / math.log(2)],
@@ -443,6 +445,9 @@ def test_what_dz_needs_of_a_row(device, given):
             *(-g_entropy * plogp * outer, -g_entropy * p * entropy * outer),
         ],
     }
+    if softcap:
+        core = (logp + peak + log_sum) / transform.factor
+        terms["target"] += [-t * core**2 for t in terms["target"]]
     assert (got.slope is None) == (grads.entropy is None)
     # a row without its target has no gradient to give
     assert got.constant[3].isnan()
@@ -541,16 +546,22 @@ def test_the_kernel_for_saved_exponentials_compiles(gpu, options, tmp_path):
 
 @compiles
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("kernel", ["merge", "coefficients", "split"])
+@pytest.mark.parametrize("kernel", ["merge", "coefficients", "coefficients, softcap", "split"])
 def test_the_kernels_around_them_compile(gpu, kernel, tmp_path):
     from entropy_fast.kernels import linear_dlogits, linear_forward, linear_operands
     from entropy_fast.kernels.launch import Variant
 
     integers = ("N", "V", "n_tiles", "pitch", "step_logprob", "step_entropy", "step_lse", "stride", "D", "K")
-    types = dict.fromkeys(integers, "i32") | {"outer": "fp32", "target_ptr": "*i64", "halves_ptr": "*fp16"}
+    types = dict.fromkeys(integers, "i32") | {
+        "outer": "fp32",
+        "uncap": "fp32",
+        "target_ptr": "*i64",
+        "halves_ptr": "*fp16",
+    }
     function, variant = {
         "merge": (linear_forward.merge_kernel, linear_forward._merge(256, False)),
-        "coefficients": (linear_dlogits.coefficients_kernel, linear_dlogits.COEFFICIENTS),
+        "coefficients": (linear_dlogits.coefficients_kernel, linear_dlogits.COEFFICIENTS[0]),
+        "coefficients, softcap": (linear_dlogits.coefficients_kernel, linear_dlogits.COEFFICIENTS[1]),
         "split": (linear_operands.split_kernel, Variant({"BLOCK": linear_operands.SPLIT_BLOCK})),
     }[kernel]
     compiled = compiled_for(gpu, function, variant, types, "*fp32")
@@ -560,7 +571,7 @@ def test_the_kernels_around_them_compile(gpu, kernel, tmp_path):
 
 @compiles
 @pytest.mark.parametrize("use", ["forward", "saving forward", "backward"])
-@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("options", ["", "softcap", "softcap, bias"])
 @pytest.mark.parametrize("settings", ["HOPPER", "HOPPER_ACCURATE"])
 def test_hopper_kernels_compile(use, options, settings, tmp_path):
     from triton.backends.compiler import GPUTarget
@@ -583,14 +594,14 @@ def test_hopper_kernels_compile(use, options, settings, tmp_path):
     signature |= dict.fromkeys(SAVING, "i32")
     constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "PROGRAMS": 132, "RUN": t.run}
     constants |= {"STAGES": t.num_stages if use == "forward" else 3, "PARTS": parts}
-    constants |= {"HAS_BIAS": options, "SOFTCAP": options}
+    constants |= {"HAS_BIAS": "bias" in options, "SOFTCAP": "softcap" in options}
     constants |= {"HAS_ENTROPY": backward, "BACKWARD": backward}
     unused = {"forward": ("out", "saved_peaks_ptr"), "backward": ("tiles_ptr", "saved_peaks_ptr")}
     constants |= dict.fromkeys(unused.get(use, ()))
     signature |= {"bias_ptr": "*bf16", "row_scale_ptr": "*fp32", "col_scale_ptr": "*fp32"}
     if not parts:
         constants |= {"row_scale_ptr": None, "col_scale_ptr": None}
-    if not options:
+    if "bias" not in options:
         constants["bias_ptr"] = None
     for name in ("lse_ptr", "constant_ptr", "slope_ptr", "dz_target_ptr"):
         signature[name] = "*fp32"
@@ -598,6 +609,6 @@ def test_hopper_kernels_compile(use, options, settings, tmp_path):
             constants[name] = None
     compiled = _compile(tiles_kernel, signature, constants, GPUTarget("cuda", 90, 32), gluon=True, num_warps=4)
     assert compiled.metadata.shared <= 227 * 1024
-    sass_free_of_spills = not options and not parts and triton.__version__.startswith("3.6")
+    sass_free_of_spills = "bias" not in options and not parts and triton.__version__.startswith("3.6")
     if sass_free_of_spills:
         assert stack_bytes(compiled, tmp_path) == 0
