@@ -13,11 +13,12 @@ vocabulary alone, and segments merge in order: in the one program that holds the
 the device, in the last to finish of the programs that hold a segment each. Both are the same compiled code, so a row's
 bits depend neither on the number of rows nor on its place.
 
-One loop takes all blocks of a row, the last, partial one too. The next block's loads are issued before a block is added,
-to registers: no thread waits for another in the loop, as it would with loads to shared memory. The target's logit is
-requested behind the first block, so nothing waits for memory after the loop. 16-bit logits without bias or softcap stay
-in words of two until they are added (PAIRS, see `rows_pairs`). 16-bit rows that start on any 2 bytes are read as aligned
-words of 4 bytes, each shifted into the next (WORDS, see `rows_loads`); that takes the registers of the block ahead.
+One loop takes all blocks of a row, the last, partial one too. The next block's loads are issued before a block is
+added, to registers: no thread waits for another in the loop, as it would with loads to shared memory. The target's
+logit is requested behind the first blocks, so nothing waits for memory before them or after the loop. 16-bit logits
+without bias or softcap stay in words of two until they are added (PAIRS, see `rows_pairs`). 16-bit rows that start on
+any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (WORDS, see `rows_loads`); that takes the
+registers of the block ahead.
 """
 
 import triton
@@ -75,6 +76,7 @@ def row_stats_kernel(
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
+    FLAT: tl.constexpr,
     PAIRS: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -117,16 +119,19 @@ def row_stats_kernel(
             tl.store(log_sum_ptr + unit, 0.0, mask=is_active == 0)
         units = tl.where(is_active, units, 0)
     while unit < units:
-        index = unit // parts
-        part = unit % parts
+        # divisions by what the compiler knows: a program's first loads wait for all of this
+        index = tl.where(parts == 1, unit, unit // SEGMENTS)
+        part = unit - index * parts
         row = index
         if active_ptr is not None:
             row = tl.load(active_ptr + index)
         target = tl.load(targets_ptr + row)
-        outer = row // inner
+        outer = 0 if FLAT else row // inner
         # the token in a column is scored by the logits of the column before it
         column = row - outer * inner - SEQUENCES
-        row_ptr = logits_ptr + outer.to(tl.int64) * stride_outer + column.to(tl.int64) * stride_inner
+        row_ptr = logits_ptr + column.to(tl.int64) * stride_inner
+        if not FLAT:
+            row_ptr += outer.to(tl.int64) * stride_outer
         words_ptr = None
         phase = 0
         if WORDS:
@@ -146,9 +151,10 @@ def row_stats_kernel(
         to_merge = per_segment
         if not WORDS:
             ahead = load_block(row_ptr, words_ptr, phase, first * BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
-        # NaN where it is no token's
-        raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
-        for step in tl.range(first, last, STEPS, num_stages=1):
+        # NaN where it is no token's, and until it is read
+        raw_target = tl.full([], float("nan"), logits_ptr.dtype.element_ty)
+        # one block at least, even behind the row's end: after its loads the target's logit is requested
+        for step in tl.range(first, max(last, first + 1), STEPS, num_stages=1):
             # two blocks a step, because the registers of one are loaded while those of the other are added; the second
             # may lie behind the end, and adds nothing
             for i in tl.static_range(STEPS):
@@ -158,6 +164,9 @@ def row_stats_kernel(
                 else:
                     w = ahead
                     ahead = load_block(row_ptr, words_ptr, phase, start + BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
+                if i == 0:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                    if step == first:
+                        raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
                 left = end - start
                 if PAIRS:
                     w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])

@@ -14,8 +14,8 @@ from entropy_fast.kernels.rows_pairs import halves
 def load_up_to(pointer, left, BLOCK: tl.constexpr, WIDE: tl.constexpr, POLICY: tl.constexpr):
     """Elements [BLOCK], the first `left` of them read.
 
-    WIDE: several by a load, with one mask, which is cheaper than a branch. Where each element has a load of its own, and
-    so a mask, only the last block has them.
+    WIDE: several by a load, with one mask, which is cheaper than a branch. Where each element has a load of its own,
+    and so a mask, only the last block has them.
     """
     place = tl.arange(0, BLOCK)
     if WIDE:
