@@ -25,9 +25,11 @@ from entropy_fast.kernels.settings import BackwardSettings, backward_settings, r
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype, is_expanded
 from entropy_fast.reference.transform import Transform
 
-# Most registers of a thread where rows start anywhere: left alone, the compiler chooses between 32 and 40 by what else
-# the kernel says, and has lost up to a tenth by it.
+# Most registers of a thread where rows start anywhere: left alone, the compiler chooses 32 to 73 by what else the
+# kernel says, and has lost up to a tenth by it.
 ODD_REGISTERS = 40
+# A run's elements are counted in 32 bits, with room for a piece behind them.
+RUN_ELEMENTS = 2**31 - 2**16
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def gradient_block(
 
 @triton.jit(
     do_not_specialize=[
-        *("inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces"),
+        *("inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "run", "pieces", "size"),
         *("step_logprob", "step_entropy", "step_lse"),
     ]
 )
@@ -74,7 +76,9 @@ def row_stats_backward_kernel(
     stride_inner,
     out_outer,
     out_inner,
+    run,
     pieces,
+    size,
     step_logprob,
     step_entropy,
     step_lse,
@@ -83,71 +87,89 @@ def row_stats_backward_kernel(
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
+    RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a piece of BLOCK elements of a row."""
+    """One program a piece of `size` elements, at most BLOCK, of a row, or with RUNS of `run` rows without gaps.
+
+    Rows may start anywhere, but vectors start at multiples of WIDTH: "places" count from the vector in which a run
+    begins. Vectors that lie in one row are accessed whole, what is left at a row's two ends element by element. Source
+    and gradient are alike in this (see the launcher).
+    """
     k = tl.full([], factor, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
-    row = tl.program_id(0) // pieces
-    piece = tl.program_id(0) % pieces
-    outer = row // inner
-    column = (row - outer * inner).to(tl.int64)
-    outer = outer.to(tl.int64)
-    row_start = outer * stride_outer + column * stride_inner
-    # Rows may start anywhere, but vectors start at multiples of WIDTH; `phase` elements of a row's first vector belong
-    # to the row before it. Source and gradient are alike in this (see the launcher). Vectors that lie in the row whole
-    # are accessed whole; what is left at its two ends goes element by element.
+    run = run if RUNS else 1
+    # multiples already; said in a way that the compiler understands, so that it emits wide accesses
+    size = BLOCK if EVEN or RUNS else size // WIDTH * WIDTH
     if EVEN:
-        phase = 0
         vocab = vocab // WIDTH * WIDTH
-    else:
-        phase = (row_start % WIDTH).to(tl.int32)
-    source_ptr = logits_ptr + row_start // WIDTH * WIDTH
+    first_row = tl.program_id(0) // pieces * run
+    outer = first_row // inner
+    column = (first_row - outer * inner).to(tl.int64)
+    outer = outer.to(tl.int64)
+    start = outer * stride_outer + column * stride_inner
+    source_ptr = logits_ptr + start // WIDTH * WIDTH
     gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
-    place = piece * BLOCK + tl.arange(0, BLOCK)
-    vector = place // WIDTH * WIDTH - phase
-    whole = (vector >= 0) & (vector + WIDTH <= vocab)
-    # the ends: the first vector and the last
-    end_vector = tl.where(tl.arange(0, 2 * WIDTH) < WIDTH, 0, (vocab + phase) // WIDTH * WIDTH)
-    end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
-    in_end = (end_place >= phase) & (end_place - phase < vocab)
-    in_end &= ((end_vector < phase) | (end_vector + WIDTH > vocab + phase)) & (
-        (end_vector > 0) | (tl.arange(0, 2 * WIDTH) < WIDTH)
-    )
-    active = True
-    if mask_ptr is not None:
-        active = tl.load(mask_ptr + row).to(tl.int1)
-    if active:
-        target = tl.load(targets_ptr + row)
-        logprob = tl.load(logprob_ptr + row)
-        entropy = tl.load(entropy_ptr + row)
-        peak = tl.load(peak_ptr + row)
-        log_sum = tl.load(log_sum_ptr + row)
-        g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, None, ACC)
-        g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, None, ACC)
-        g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, None, ACC)
-        b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
-        b1 = -k * k * g_entropy
-        at_target = k * gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
-        offset = log_sum * LOG2E
-        gradient_block(
-            source_ptr + place, gradient_ptr + place, bias_ptr, place - phase, whole,
-            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
-        )  # fmt: skip
-        if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
-            if piece == 0:
-                gradient_block(
-                    source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - phase, in_end,
-                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
-                )  # fmt: skip
-    else:
-        tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
-        if not EVEN:  # noqa: SIM102
-            if piece == 0:
-                zeros = tl.zeros([2 * WIDTH], out_ptr.dtype.element_ty)
-                tl.store(gradient_ptr + end_place, zeros, mask=in_end)
+    phase = 0 if EVEN else (start % WIDTH).to(tl.int32)
+    begin = tl.program_id(0) % pieces * size
+    first = first_row
+    last = first_row
+    if RUNS:
+        first += tl.minimum(tl.maximum(begin - phase, 0) // vocab, run - 1)
+        last += tl.minimum((begin + BLOCK - 1 - phase) // vocab, run - 1)
+    for row in range(first, last + 1):
+        row_begin = phase
+        if RUNS:
+            row_begin += (row - first_row) * vocab
+        row_end = row_begin + vocab
+        place = begin + tl.arange(0, BLOCK)
+        vector = place // WIDTH * WIDTH
+        whole = (vector >= row_begin) & (vector + WIDTH <= row_end)
+        if not (EVEN or RUNS):
+            whole &= vector < begin + size
+        # the row's first vector and its last, where they are in this piece and not the row's alone
+        in_head = tl.arange(0, 2 * WIDTH) < WIDTH
+        end_vector = tl.where(in_head, row_begin // WIDTH * WIDTH, row_end // WIDTH * WIDTH)
+        end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
+        in_end = (end_place >= row_begin) & (end_place < row_end)
+        in_end &= (end_vector < row_begin) | (end_vector + WIDTH > row_end)
+        in_end &= (end_vector >= begin) & (end_vector < begin + size)
+        in_end &= in_head | (end_vector >= row_begin)
+        has_ends = (row_begin >= begin) | (row_end < begin + size)
+        active = True
+        if mask_ptr is not None:
+            active = tl.load(mask_ptr + row).to(tl.int1)
+        if active:
+            target = tl.load(targets_ptr + row)
+            logprob = tl.load(logprob_ptr + row)
+            entropy = tl.load(entropy_ptr + row)
+            peak = tl.load(peak_ptr + row)
+            log_sum = tl.load(log_sum_ptr + row)
+            g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, None, ACC)
+            g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, None, ACC)
+            g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, None, ACC)
+            b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
+            b1 = -k * k * g_entropy
+            at_target = k * gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
+            offset = log_sum * LOG2E
+            gradient_block(
+                source_ptr + place, gradient_ptr + place, bias_ptr, place - row_begin, whole,
+                target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+            )  # fmt: skip
+            if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if has_ends:
+                    gradient_block(
+                        source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - row_begin, in_end,
+                        target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+                    )  # fmt: skip
+        else:
+            tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
+            if not EVEN:  # noqa: SIM102
+                if has_ends:
+                    zeros = tl.zeros([2 * WIDTH], out_ptr.dtype.element_ty)
+                    tl.store(gradient_ptr + end_place, zeros, mask=in_end)
 
 
 def row_stats_backward(
@@ -179,13 +201,21 @@ def row_stats_backward(
     _, inner, vocab = logits.shape
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
-    pieces = ceil_div(vocab + width - 1, settings.block)
+    even = vocab % width == 0 and not any(n % width for n in logits.stride()[:2])
+    run = 1 if even or vocab < settings.block else rows_in_a_run(logits, out)
+    pieces = ceil_div(run * vocab + width - 1, settings.block)
+    size = settings.block
+    if run == 1:
+        # pieces alike, in whole lines of 128 bytes: of 50257 elements a last one of 4096 would be nearly empty
+        line = 128 // logits.element_size()
+        size = ceil_div(vocab + width - 1, pieces * line) * line
     launch(
         row_stats_backward_kernel,
-        targets.numel() * pieces,
+        targets.numel() // run * pieces,
         (out, logits, bias, targets, mask, *stats, *gradients),
         (
-            *(inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pieces),
+            *(inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1)),
+            *(run, pieces, size),
             *(0 if g is None or is_expanded(g) else 1 for g in gradients),
         ),
         (transform.factor, transform.squeeze or 0.0),
@@ -193,7 +223,8 @@ def row_stats_backward(
             settings,
             arithmetic_dtype(logits.dtype),
             transform.softcap is not None,
-            vocab % width == 0 and not any(n % width for n in logits.stride()[:2]),
+            even,
+            run > 1,
             width,
             bias is not None,
             logits.device,
@@ -207,11 +238,13 @@ def _variant(
     dtype: torch.dtype,
     softcap: bool,
     even: bool,
+    runs: bool,
     width: int,
     has_bias: bool,
     device: torch.device,
 ) -> Variant:
-    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "BLOCK": settings.block, "WIDTH": width}
+    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "RUNS": runs}
+    constants |= {"BLOCK": settings.block, "WIDTH": width}
     # what does not fit into the limit would spill
     crowded = even or softcap or has_bias or dtype == torch.float64
     return Variant(constants, num_warps=settings.warps, **registers(None if crowded else ODD_REGISTERS, device))
@@ -225,3 +258,16 @@ def common_width(a: torch.Tensor, b: torch.Tensor) -> int:
         if not any(apart):
             return widest
     return min(vector_width(a), vector_width(b))
+
+
+def rows_in_a_run(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Rows that follow each other without gaps in both tensors (outer, inner, vocab), in every place of such a group.
+
+    1 where they do not, or where they hold too many elements for 32 bits.
+    """
+    outer, inner, vocab = a.shape
+    if inner > 1 and not a.stride(1) == b.stride(1) == vocab:
+        return 1
+    one = outer == 1 or a.stride(0) == b.stride(0) == inner * vocab
+    run = outer * inner if one else inner
+    return run if run * vocab < RUN_ELEMENTS else 1
