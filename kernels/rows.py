@@ -241,9 +241,14 @@ def _variant(
     narrow = width * itemsize < 8
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
-    # what does not fit into the limit would spill: elements that are not in words of two, beside many loads
+    # elements that are not in words of two take a register each
+    unroll = min(settings.unroll, 8 // max(itemsize, 4)) if has_bias or softcap else settings.unroll
+    # what does not fit into the limit would spill
     extra = has_bias or softcap or (sequences and (narrow or itemsize > 2))
-    crowded = itemsize == 8 or (extra and (narrow or settings.unroll > 2))
+    most = None if extra and (narrow or unroll > 2) else settings.registers
+    if itemsize == 8:
+        # all that there are: left alone, the compiler takes fewer and spills
+        most = min(255, 2048 // settings.warps)
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
@@ -255,12 +260,12 @@ def _variant(
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
             "SEGMENTS": settings.segments,
-            "UNROLL": settings.unroll * (16 // itemsize) // width,
+            "UNROLL": unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
             "WORDS": words,
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
         num_warps=settings.warps,
-        **registers(None if crowded else settings.registers, device),
+        **registers(most, device),
     )

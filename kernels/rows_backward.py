@@ -28,17 +28,17 @@ from entropy_fast.reference.transform import Transform
 # Most registers of a thread where rows start anywhere: left alone, the compiler chooses 32 to 73 by what else the
 # kernel says, and has lost up to a tenth by it.
 ODD_REGISTERS = 40
-# A run's elements are counted in 32 bits, with room for a piece behind them.
-RUN_ELEMENTS = 2**31 - 2**16
+# What 32 bits count, less a piece.
+FLAT_ELEMENTS = 2**31 - 2**16
 
 
 @triton.jit
-def gradient_block(
-    source_ptr, out_ptr, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze,
-    SOFTCAP: tl.constexpr,
+def gradient(
+    w, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """Read some elements of one row and write their gradient."""
-    w = tl.load(source_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(peak.dtype)
+    """The gradient of some logits w of one row, in their dtype."""
+    element: tl.constexpr = w.dtype
+    w = w.to(peak.dtype)
     if bias_ptr is not None:
         w += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(peak.dtype)
     if SOFTCAP:
@@ -48,12 +48,85 @@ def gradient_block(
     dw = tl.where(cols == target, at_target, dw)
     if SOFTCAP:
         dw *= (1.0 - w * w) * squeeze
-    tl.store(out_ptr, dw.to(out_ptr.dtype.element_ty), mask=inside)
+    return dw.to(element)
+
+
+@triton.jit
+def ends(row_begin, row_end, begin, size, WIDTH: tl.constexpr):
+    """Places in a row's first vector and its last, [2 WIDTH], and which of them are to be written one by one.
+
+    Those are the row's, each once, in a vector of this piece that is not the row's alone.
+    """
+    in_head = tl.arange(0, 2 * WIDTH) < WIDTH
+    vector = tl.where(in_head, row_begin // WIDTH * WIDTH, row_end // WIDTH * WIDTH)
+    place = vector + tl.arange(0, 2 * WIDTH) % WIDTH
+    inside = (place >= row_begin) & (place < row_end) & (in_head | (vector >= row_begin))
+    inside &= (vector < row_begin) | (vector + WIDTH > row_end)
+    return place, inside & (vector >= begin) & (vector < begin + size)
+
+
+@triton.jit
+def piece_of_row(
+    row, row_begin, begin, size,
+    gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr,
+    grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy, step_lse, k, alpha, squeeze,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENDS: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write what of a row lies in a piece. ENDS: rows may start anywhere; CUT: pieces may be smaller than BLOCK."""
+    place = begin + tl.arange(0, BLOCK)
+    vector = place // WIDTH * WIDTH
+    row_end = row_begin + vocab
+    whole = (vector >= row_begin) & (vector + WIDTH <= row_end)
+    if CUT:
+        whole &= vector < begin + size
+    active = True
+    read = whole
+    if mask_ptr is not None:
+        active = tl.load(mask_ptr + row) != 0
+        read &= vector < tl.where(active, row_end, row_begin)
+    # requested before the row's numbers
+    w = tl.load(source_ptr + place, mask=read, other=0.0, eviction_policy="evict_first")
+    has_ends = (row_begin >= begin) | (row_end < begin + size)
+    if active:
+        target = tl.load(targets_ptr + row)
+        logprob = tl.load(logprob_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        peak = tl.load(peak_ptr + row)
+        log_sum = tl.load(log_sum_ptr + row)
+        g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, None, ACC)
+        g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, None, ACC)
+        g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, None, ACC)
+        b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
+        b1 = -k * k * g_entropy
+        at_target = k * gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
+        offset = log_sum * LOG2E
+        dw = gradient(
+            w, bias_ptr, place - row_begin, whole,
+            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+        )  # fmt: skip
+        tl.store(gradient_ptr + place, dw, mask=whole)
+        if ENDS:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if has_ends:
+                end_place, in_end = ends(row_begin, row_end, begin, size, WIDTH)
+                w_end = tl.load(source_ptr + end_place, mask=in_end, other=0.0)
+                dw_end = gradient(
+                    w_end, bias_ptr, end_place - row_begin, in_end,
+                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+                )  # fmt: skip
+                tl.store(gradient_ptr + end_place, dw_end, mask=in_end)
+    else:
+        tl.store(gradient_ptr + place, tl.zeros([BLOCK], gradient_ptr.dtype.element_ty), mask=whole)
+        if ENDS:  # noqa: SIM102
+            if has_ends:
+                end_place, in_end = ends(row_begin, row_end, begin, size, WIDTH)
+                zeros = tl.zeros([2 * WIDTH], gradient_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + end_place, zeros, mask=in_end)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "run", "pieces", "size"),
+        *("rows", "inner", "vocab", "stride_outer", "stride_inner", "out_outer", "out_inner", "pieces", "size"),
         *("step_logprob", "step_entropy", "step_lse"),
     ]
 )
@@ -70,13 +143,13 @@ def row_stats_backward_kernel(
     grad_logprob_ptr,
     grad_entropy_ptr,
     grad_lse_ptr,
+    rows,
     inner,
     vocab,
     stride_outer,
     stride_inner,
     out_outer,
     out_inner,
-    run,
     pieces,
     size,
     step_logprob,
@@ -87,89 +160,54 @@ def row_stats_backward_kernel(
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
-    RUNS: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a piece of `size` elements, at most BLOCK, of a row, or with RUNS of `run` rows without gaps.
+    """One program a piece of `size` elements, at most BLOCK: of a row, or of all rows if they lie next to each other.
 
-    Rows may start anywhere, but vectors start at multiples of WIDTH: "places" count from the vector in which a run
-    begins. Vectors that lie in one row are accessed whole, what is left at a row's two ends element by element. Source
-    and gradient are alike in this (see the launcher).
+    So it is if FLAT; such a piece holds the end of one row and the beginning of the next at most. "Places" count from
+    the vector in which the row, or the first row, begins. Vectors start at multiples of WIDTH elements, rows may start
+    anywhere unless EVEN: vectors that lie in one row are accessed whole, what is left at a row's two ends element by
+    element. Source and gradient are alike in this (see the launcher).
     """
     k = tl.full([], factor, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     squeeze = tl.full([], squeeze, ACC)
-    run = run if RUNS else 1
     # multiples already; said in a way that the compiler understands, so that it emits wide accesses
-    size = BLOCK if EVEN or RUNS else size // WIDTH * WIDTH
+    size = BLOCK if EVEN or FLAT else size // WIDTH * WIDTH
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
-    first_row = tl.program_id(0) // pieces * run
-    outer = first_row // inner
-    column = (first_row - outer * inner).to(tl.int64)
-    outer = outer.to(tl.int64)
-    start = outer * stride_outer + column * stride_inner
-    source_ptr = logits_ptr + start // WIDTH * WIDTH
-    gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
-    phase = 0 if EVEN else (start % WIDTH).to(tl.int32)
-    begin = tl.program_id(0) % pieces * size
-    first = first_row
-    last = first_row
-    if RUNS:
-        first += tl.minimum(tl.maximum(begin - phase, 0) // vocab, run - 1)
-        last += tl.minimum((begin + BLOCK - 1 - phase) // vocab, run - 1)
-    for row in range(first, last + 1):
-        row_begin = phase
-        if RUNS:
-            row_begin += (row - first_row) * vocab
-        row_end = row_begin + vocab
-        place = begin + tl.arange(0, BLOCK)
-        vector = place // WIDTH * WIDTH
-        whole = (vector >= row_begin) & (vector + WIDTH <= row_end)
-        if not (EVEN or RUNS):
-            whole &= vector < begin + size
-        # the row's first vector and its last, where they are in this piece and not the row's alone
-        in_head = tl.arange(0, 2 * WIDTH) < WIDTH
-        end_vector = tl.where(in_head, row_begin // WIDTH * WIDTH, row_end // WIDTH * WIDTH)
-        end_place = end_vector + tl.arange(0, 2 * WIDTH) % WIDTH
-        in_end = (end_place >= row_begin) & (end_place < row_end)
-        in_end &= (end_vector < row_begin) | (end_vector + WIDTH > row_end)
-        in_end &= (end_vector >= begin) & (end_vector < begin + size)
-        in_end &= in_head | (end_vector >= row_begin)
-        has_ends = (row_begin >= begin) | (row_end < begin + size)
-        active = True
-        if mask_ptr is not None:
-            active = tl.load(mask_ptr + row).to(tl.int1)
-        if active:
-            target = tl.load(targets_ptr + row)
-            logprob = tl.load(logprob_ptr + row)
-            entropy = tl.load(entropy_ptr + row)
-            peak = tl.load(peak_ptr + row)
-            log_sum = tl.load(log_sum_ptr + row)
-            g = gradient_or_zero(grad_logprob_ptr, row * step_logprob, None, ACC)
-            g_entropy = gradient_or_zero(grad_entropy_ptr, row * step_entropy, None, ACC)
-            g_lse = gradient_or_zero(grad_lse_ptr, row * step_lse, None, ACC)
-            b0 = k * (g_lse - g - g_entropy * (entropy - log_sum))
-            b1 = -k * k * g_entropy
-            at_target = k * gradient_at_target(logprob, entropy, g, g_entropy, g_lse)
-            offset = log_sum * LOG2E
-            gradient_block(
-                source_ptr + place, gradient_ptr + place, bias_ptr, place - row_begin, whole,
-                target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+    if FLAT:
+        begin = tl.program_id(0) * BLOCK
+        row = (begin.to(tl.uint32) // vocab.to(tl.uint32)).to(tl.int32)
+        row_begin = row * vocab
+        source_ptr = logits_ptr
+        gradient_ptr = out_ptr
+    else:
+        row = tl.program_id(0) // pieces
+        begin = (tl.program_id(0) - row * pieces) * size
+        outer = row // inner
+        column = (row - outer * inner).to(tl.int64)
+        outer = outer.to(tl.int64)
+        start = outer * stride_outer + column * stride_inner
+        row_begin = 0 if EVEN else (start % WIDTH).to(tl.int32)
+        source_ptr = logits_ptr + start // WIDTH * WIDTH
+        gradient_ptr = out_ptr + (outer * out_outer + column * out_inner) // WIDTH * WIDTH
+    piece_of_row(
+        row, row_begin, begin, size,
+        gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr,
+        grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy, step_lse, k, alpha,
+        squeeze, ACC, SOFTCAP, not EVEN, not (EVEN or FLAT), BLOCK, WIDTH,
+    )  # fmt: skip
+    if FLAT:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if (row_begin + vocab < begin + BLOCK) & (row + 1 < rows):
+            piece_of_row(
+                row + 1, row_begin + vocab, begin, size,
+                gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr,
+                log_sum_ptr, grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy,
+                step_lse, k, alpha, squeeze, ACC, SOFTCAP, True, False, BLOCK, WIDTH,
             )  # fmt: skip
-            if not EVEN:  # noqa: SIM102 (one is known to the compiler, the other is not)
-                if has_ends:
-                    gradient_block(
-                        source_ptr + end_place, gradient_ptr + end_place, bias_ptr, end_place - row_begin, in_end,
-                        target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
-                    )  # fmt: skip
-        else:
-            tl.store(gradient_ptr + place, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=whole)
-            if not EVEN:  # noqa: SIM102
-                if has_ends:
-                    zeros = tl.zeros([2 * WIDTH], out_ptr.dtype.element_ty)
-                    tl.store(gradient_ptr + end_place, zeros, mask=in_end)
 
 
 def row_stats_backward(
@@ -202,20 +240,19 @@ def row_stats_backward(
     width = common_width(logits, out)
     settings = settings or backward_settings(logits.element_size())
     even = vocab % width == 0 and not any(n % width for n in logits.stride()[:2])
-    run = 1 if even or vocab < settings.block else rows_in_a_run(logits, out)
-    pieces = ceil_div(run * vocab + width - 1, settings.block)
-    size = settings.block
-    if run == 1:
-        # pieces alike, in whole lines of 128 bytes: of 50257 elements a last one of 4096 would be nearly empty
-        line = 128 // logits.element_size()
-        size = ceil_div(vocab + width - 1, pieces * line) * line
+    rows = targets.numel()
+    flat = not even and vocab >= settings.block and without_gaps(logits, out)
+    pieces = ceil_div(vocab + width - 1, settings.block)
+    # pieces alike, in whole lines of 128 bytes: of 50257 elements a last one of 4096 would be nearly empty
+    line = 128 // logits.element_size()
+    size = ceil_div(vocab + width - 1, pieces * line) * line
     launch(
         row_stats_backward_kernel,
-        targets.numel() // run * pieces,
+        ceil_div(logits.numel(), settings.block) if flat else rows * pieces,
         (out, logits, bias, targets, mask, *stats, *gradients),
         (
-            *(inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1)),
-            *(run, pieces, size),
+            *(rows, inner, vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1)),
+            *(pieces, size),
             *(0 if g is None or is_expanded(g) else 1 for g in gradients),
         ),
         (transform.factor, transform.squeeze or 0.0),
@@ -224,7 +261,7 @@ def row_stats_backward(
             arithmetic_dtype(logits.dtype),
             transform.softcap is not None,
             even,
-            run > 1,
+            flat,
             width,
             bias is not None,
             logits.device,
@@ -238,12 +275,12 @@ def _variant(
     dtype: torch.dtype,
     softcap: bool,
     even: bool,
-    runs: bool,
+    flat: bool,
     width: int,
     has_bias: bool,
     device: torch.device,
 ) -> Variant:
-    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "RUNS": runs}
+    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "FLAT": flat}
     constants |= {"BLOCK": settings.block, "WIDTH": width}
     # what does not fit into the limit would spill
     crowded = even or softcap or has_bias or dtype == torch.float64
@@ -260,14 +297,7 @@ def common_width(a: torch.Tensor, b: torch.Tensor) -> int:
     return min(vector_width(a), vector_width(b))
 
 
-def rows_in_a_run(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Rows that follow each other without gaps in both tensors (outer, inner, vocab), in every place of such a group.
-
-    1 where they do not, or where they hold too many elements for 32 bits.
-    """
-    outer, inner, vocab = a.shape
-    if inner > 1 and not a.stride(1) == b.stride(1) == vocab:
-        return 1
-    one = outer == 1 or a.stride(0) == b.stride(0) == inner * vocab
-    run = outer * inner if one else inner
-    return run if run * vocab < RUN_ELEMENTS else 1
+def without_gaps(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both tensors' rows lie next to each other, from a multiple of 16 bytes on; 32 bits count the elements."""
+    together = a.is_contiguous() and b.is_contiguous() and a.numel() < FLAT_ELEMENTS
+    return together and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0

@@ -104,7 +104,7 @@ def row_stats_kernel(
     if EVEN:
         vocab = vocab // WIDTH * WIDTH
     blocks = tl.cdiv(vocab, BLOCK)
-    per_segment = tl.cdiv(blocks, SEGMENTS)
+    per_segment = tl.cdiv(blocks, SEGMENTS * STEPS) * STEPS
     if active_ptr is not None:
         rows = tl.load(counters_ptr)
     parts = tl.where(rows < split_below, SEGMENTS, 1)
@@ -125,7 +125,6 @@ def row_stats_kernel(
         row = index
         if active_ptr is not None:
             row = tl.load(active_ptr + index)
-        target = tl.load(targets_ptr + row)
         outer = 0 if FLAT else row // inner
         # the token in a column is scored by the logits of the column before it
         column = row - outer * inner - SEQUENCES
@@ -141,59 +140,62 @@ def row_stats_kernel(
         elif PAIRS:
             words_ptr = row_ptr.to(tl.pointer_type(tl.int32))
 
-        # sums of the segment at hand and, where there are several, of those that are finished
-        m, s, r, e = empty_sets(LANES, ACC)
         m_row, s_row, r_row, e_row = empty_sets(LANES, ACC)
-        known = (target >= 0) & (target < vocab)
         first = part * per_segment
         last = tl.where(parts == 1, blocks, min(first + per_segment, blocks))
         end = min(last * BLOCK, vocab)
-        to_merge = per_segment
         if not WORDS:
             ahead = load_block(row_ptr, words_ptr, phase, first * BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
-        # NaN where it is no token's, and until it is read
+        # Requested behind the loads of the first two blocks, so that neither waits for it; a segment has one step at
+        # least, even behind the row's end. The logit is NaN where there is no such token, and until it is read.
+        target = tl.full([], -1, targets_ptr.dtype.element_ty)
         raw_target = tl.full([], float("nan"), logits_ptr.dtype.element_ty)
-        # one block at least, even behind the row's end: after its loads the target's logit is requested
-        for step in tl.range(first, max(last, first + 1), STEPS, num_stages=1):
-            # two blocks a step, because the registers of one are loaded while those of the other are added; the second
-            # may lie behind the end, and adds nothing
-            for i in tl.static_range(STEPS):
-                start = (step + i) * BLOCK
-                if WORDS:
-                    w = load_block(row_ptr, words_ptr, phase, start, end, BLOCK, WIDTH, PAIRS, WORDS)
-                else:
-                    w = ahead
-                    ahead = load_block(row_ptr, words_ptr, phase, start + BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
-                if i == 0:  # noqa: SIM102 (one is known to the compiler, the other is not)
-                    if step == first:
-                        raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
-                left = end - start
-                if PAIRS:
-                    w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
-                    if left < BLOCK:
-                        w = keep_first(w, left, row_ptr.dtype.element_ty)
-                    m, s, r, e = absorb_pairs(w, m, s, r, e, alpha, row_ptr.dtype.element_ty, PACKED)
-                else:
-                    w = w.to(ACC)
-                    if bias_ptr is not None:
-                        w += load_up_to(bias_ptr + start, left, BLOCK, EVEN, "").to(ACC)
-                    w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
-                    # absorbed in either branch: before a common one the compiler makes the first a select an element
-                    if left < BLOCK:
-                        w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
-                        m, s, r, e = absorb(w, m, s, r, e, alpha)
+        for segment in tl.range(part, part + tl.where(parts == 1, SEGMENTS, 1), num_stages=1):
+            m, s, r, e = empty_sets(LANES, ACC)
+            segment_first = segment * per_segment
+            segment_last = max(min(segment_first + per_segment, last), first + 1)
+            for step in tl.range(segment_first, segment_last, STEPS, num_stages=1):
+                # two blocks a step, because the registers of one are loaded while those of the other are added; the
+                # second may lie behind the end, and adds nothing
+                for i in tl.static_range(STEPS):
+                    start = (step + i) * BLOCK
+                    if WORDS:
+                        w = load_block(row_ptr, words_ptr, phase, start, end, BLOCK, WIDTH, PAIRS, WORDS)
                     else:
-                        m, s, r, e = absorb(w, m, s, r, e, alpha)
-                if SEGMENTS > 1:
-                    to_merge -= 1
-                    if to_merge == 0:
-                        to_merge = per_segment
-                        m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
-                        m, s, r, e = empty_sets(LANES, ACC)
-        m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
+                        w = ahead
+                        ahead = load_block(row_ptr, words_ptr, phase, start + BLOCK, end, BLOCK, WIDTH, PAIRS, WORDS)
+                    if step == first:
+                        if i == 0:
+                            target = tl.load(targets_ptr + row)
+                        if i == STEPS - 1:
+                            known = (target >= 0) & (target < vocab)
+                            raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
+                    left = end - start
+                    if PAIRS:
+                        w = tl.reshape(w, [UNROLL, LANES, WIDTH // 2])
+                        if left < BLOCK:
+                            w = keep_first(w, left, row_ptr.dtype.element_ty)
+                        m, s, r, e = absorb_pairs(w, m, s, r, e, alpha, row_ptr.dtype.element_ty, PACKED)
+                    else:
+                        w = w.to(ACC)
+                        if bias_ptr is not None:
+                            w += load_up_to(bias_ptr + start, left, BLOCK, EVEN, "").to(ACC)
+                        w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
+                        # absorbed in either branch: before a common one the compiler makes the first a select an
+                        # element
+                        if left < BLOCK:
+                            w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
+                            m, s, r, e = absorb(w, m, s, r, e, alpha)
+                        else:
+                            m, s, r, e = absorb(w, m, s, r, e, alpha)
+            if segment == part:
+                m_row, s_row, r_row, e_row = m, s, r, e
+            else:
+                m_row, s_row, r_row, e_row = merge(m_row, s_row, r_row, e_row, m, s, r, e, alpha)
 
         w_target = raw_target.to(ACC)
         if bias_ptr is not None:
+            known = (target >= 0) & (target < vocab)
             w_target += tl.load(bias_ptr + target, mask=known, other=float("nan")).to(ACC)
         w_target = softcapped(w_target, squeeze, SOFTCAP)
         complete = parts == 1
