@@ -47,7 +47,7 @@ FORWARD = {
         (2**31, True, Settings(2, 128, 4, 4, 8, 1.0, 64, True)),
         (16384, False, Settings(2, 128, 4, 1, 8, 0, 64)),
         (65536, False, Settings(4, 256, 8, 1, 4, 0, 64)),
-        (2**31, None, Settings(4, 512, 16, 2, 2, 0.25, 64)),
+        (2**31, None, Settings(2, 512, 16, 2, 2, 0.25, 64)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
