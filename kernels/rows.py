@@ -1,7 +1,7 @@
 """Launching the forward over rows of logits: what a call needs beside the kernel (`rows_kernel`), worked out once.
 
-Rows that a mask leaves out cost nothing: where programs may share rows, a list of the active ones is made first, which
-tells how many there are; elsewhere the kernel is given the mask.
+Rows that a mask leaves out cost nothing: where rows are so few that programs may share them, a list of the active ones
+is made first, which tells how many there are; elsewhere the kernel is given the mask.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class Forward:
         outer, inner, vocab = logits.shape
         few = split_below(settings, device)
         self._segments = segments = settings.segments
-        # where rows may be shared, how depends on the number of active ones, which a list counts
-        listed = sequences or (mask is not None and segments > 1)
+        # whether rows are shared depends on the number of active ones, which a list counts; of many rows enough remain
+        listed = sequences or (mask is not None and rows < 2 * few)
         # rows that programs share; with a list at most so many
         split = min(rows, few) if listed or rows < few else 0
         counters = counter_count(settings, device)

@@ -190,16 +190,18 @@ def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segments):
 
 @interpreted
 @with_pairs
-def test_masked_rows_of_one_segment_need_no_list(dtype):
-    from entropy_fast.kernels.rows import row_stats
+@pytest.mark.parametrize("settings", [small(1), small(3, split=4)], ids=["one segment", "many rows"])
+def test_masked_rows_that_no_programs_share_need_no_list(dtype, settings):
+    from entropy_fast.kernels.rows import Forward, row_stats
 
     logits, targets = (3 * torch.randn(2, 4, 150)).to(dtype), torch.randint(150, (2, 4))
-    whole = row_stats(logits, targets, None, None, _plain(), small(1))
+    assert Forward(logits, targets, torch.ones(2, 4, dtype=torch.bool), None, _plain(), settings)._listing is None
+    whole = row_stats(logits, targets, None, None, _plain(), settings)
     for mask in (torch.rand(2, 4) < 0.5, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)):
         dirty, nowhere = logits.clone(), targets.clone()
         dirty[~mask], nowhere[~mask] = math.nan, -100
         for for_backward in (True, False):
-            out = row_stats(dirty, nowhere, mask, None, _plain(), small(1), for_backward)
+            out = row_stats(dirty, nowhere, mask, None, _plain(), settings, for_backward)
             for a, b in zip(out, whole, strict=True):
                 assert a is None or torch.equal(a, torch.where(mask, b, 0.0))
 
