@@ -279,10 +279,13 @@ def test_few_operations_or_the_exact_ones(monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_strides(device):
     base, _ = problem(3, 9, 200, device=device)
+    odd, _ = problem(3, 9, 131, device=device)
     wide = torch.randn(4, 6, 260, device=device)
     views = [
         base[:, :-1],
         base[:, 1:],
+        odd[:, :-1],
+        odd[:, 1:],
         base[..., :131],
         base[..., 3:130],
         base.transpose(0, 1),
@@ -417,6 +420,28 @@ def test_operators_are_well_formed(device):
         gradients = (*torch.randn(2, 4, device=device), None, extra[1] is not None)
         opcheck(ops.row_stats_backward.default, (logits, *inputs, *stats, *gradients))
         opcheck(ops.row_stats_backward_.default, (logits.clone(), *inputs, *stats, *gradients))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gradient_of_shifted_logits_keeps_their_rows_apart(device):
+    """With an odd vocabulary vectors of source and gradient would not begin alike otherwise; autograd does not mind."""
+    ops = torch.ops.entropy_fast
+    for vocab, kept in ((33, True), (32, False)):
+        base, _ = problem(2, 4, vocab, device=device)
+        logits, targets = base[:, :-1], torch.randint(vocab, (2, 3), device=device)
+        inputs = (targets, None, None, torch.tensor(1.0, dtype=torch.float64), 1.0, None)
+        stats = ops.row_stats(logits, *inputs)
+        upstream = torch.randn(2, 2, 3, device=device)
+        arguments = (*inputs, *stats, *upstream, None, False)
+        opcheck(ops.row_stats_backward.default, (logits, *arguments))
+        got, _ = ops.row_stats_backward(logits, *arguments)
+        assert (got.stride() == logits.stride()) == kept
+        assert torch.equal(got, ops.row_stats_backward(logits.contiguous(), *arguments)[0])
+        x = base.clone().requires_grad_()
+        out = ef.token_stats(x[:, :-1], targets)
+        whole = torch.autograd.grad((out.logprob, out.entropy), x, tuple(upstream))[0]
+        assert torch.equal(whole[:, :-1], got)
+        assert not whole[:, -1].any()
 
 
 def test_an_outside_target_names_its_row():

@@ -58,6 +58,19 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """Memory for the gradient of the logits: contiguous, but for all positions but one of rows that start anywhere.
+
+    Source and gradient are accessed in the same aligned vectors, for which their rows have to start alike; in
+    `logits[:, :-1]` with an odd vocabulary every sequence starts elsewhere than it would in contiguous memory.
+    """
+    if logits.ndim == 3 and logits.shape[2] * logits.element_size() % 16:
+        sequences, columns, vocab = logits.shape
+        if logits.stride() == ((columns + 1) * vocab, vocab, 1):
+            return logits.new_empty(sequences, columns + 1, vocab)[:, :-1]
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 # Plain torch
 
 
@@ -108,7 +121,7 @@ def _write_gradient_torch(
 
 
 def _row_stats_backward_torch(logits, *rest):
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = empty_gradient(logits)
     return out, _write_gradient_torch(out, logits, *rest)
 
 
@@ -190,7 +203,7 @@ def _write_gradient_triton(out, logits, targets, mask, bias, temperature, scale,
 
 
 def _row_stats_backward_triton(logits, *rest):
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = empty_gradient(logits)
     return out, _write_gradient_triton(out, logits, *rest)
 
 
@@ -283,7 +296,7 @@ def _row_stats_fake(logits, targets, *_):
 
 @torch.library.register_fake("entropy_fast::row_stats_backward")
 def _row_stats_backward_fake(logits, *rest):
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = empty_gradient(logits)
     return out, _row_stats_backward_in_place_fake(logits, *rest)
 
 
