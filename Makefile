@@ -21,7 +21,7 @@ demo: $(VENV)/.installed ## train a tiny model, take one update, report how its 
 	$(BIN)/entropy-fast demo --output demo-report
 
 test: $(VENV)/.installed ## run every test (on a GPU too, where there is one)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed ## style and types
 	$(BIN)/ruff check .

@@ -26,13 +26,13 @@ DEVICES_AND_DTYPES = [
 GPUS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 
 
-def run_interpreted(file):
-    """The tests of a file, in a process whose Triton interprets; at least one has to run."""
+def run_interpreted(file, *options):
+    """The tests of a file, in a process whose Triton interprets; at least one has to run. `options` are pytest's."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(
-        [*command, "--import-mode=importlib", file],
+        [*command, "--import-mode=importlib", *options, file],
         env=environment,
         capture_output=True,
         text=True,
