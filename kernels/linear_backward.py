@@ -140,7 +140,7 @@ def linear_backward(
         slabs = all_slabs(Rows(hidden, Operand.of(hidden), targets, coefficients), vocab, tiling, d_weight, saved)
     else:
         slabs = filtered_slabs(hidden, vocab, columns, selection)
-    _run_slabs(slabs, weight, bias, transform, stats, tiling, gain, hidden_sum, d_weight, d_bias)
+    _run_slabs(slabs, weight, bias, transform, tiling, gain, hidden_sum, d_weight, d_bias)
     if d_bias is not None:
         d_bias = (d_bias if gain is None else d_bias.div_(gain)).to(weight.dtype if bias is None else bias.dtype)
     return Gradients(None if hidden_sum is None else hidden_sum.finish(gain), d_weight, d_bias)
@@ -151,7 +151,6 @@ def _run_slabs(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     transform: Transform,
-    stats: LinearStats,
     tiling: Tiling,
     gain: torch.Tensor | None,
     hidden_sum: _HiddenSum | None,
