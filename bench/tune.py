@@ -2,15 +2,16 @@
 
     python -m bench tune [--rows 8192]
 
-For each class of the table (see `FORWARD` there) the candidates are timed on one shape of it, beside the read floor;
-the line to put into the table is the last one printed for its class. Segments belong to the result's bits: candidates
-of a class keep its number of segments. Whether few rows should share programs is measured at 64 and 128 rows.
+For each class of the table (see `FORWARD` there) the candidates are timed on one shape of it, beside the read floor,
+and the best ones with few rows too; the line to put into the table is the last one printed for its class. Segments
+and lanes belong to the result's bits.
 """
 
 from __future__ import annotations
 
 import argparse
 from itertools import product
+from multiprocessing import cpu_count, get_context
 
 import torch
 
@@ -29,21 +30,22 @@ from entropy_fast.kernels.settings import (
 from entropy_fast.reference.rows import RowGradients
 from entropy_fast.reference.transform import Transform
 
-# a vocabulary of each class that bf16 logits have: small, odd, medium, large
-VOCABULARIES = (1024, 50257, 32000, 128256)
+# a vocabulary of each class that bf16 logits have: small, rows on any 2 bytes, then by size
+VOCABULARIES = (1024, 50257, 8192, 16384, 32000, 128256)
 
 
-def candidates(segments: int, narrow: bool, vocab: int) -> list[Settings]:
-    """Shapes worth trying: 32 to 512 threads, one to eight loads a step, each at the residency that it allows."""
+def candidates(vocab: int, narrow: bool) -> list[Settings]:
+    """Shapes worth trying: 32 to 512 threads, and as many loads on their way as registers have room for."""
     found = []
-    for unroll, warps in product((1, 2) if narrow else (2, 4, 8), (1, 2, 4, 8, 16)):
-        lanes = 32 * warps
-        if unroll * lanes * 8 > max(vocab, 512):
+    for unroll, lanes, depth in product((2, 4, 8), (32, 128, 256, 512), (1, 2, 3)):
+        # registers for what is on its way, four to each load
+        if 4 * unroll * depth > 36 or unroll * lanes * 8 > max(vocab, 512):
             continue
-        for most in (64, 80, 128):
-            # of 65536 registers
-            resident = max(1, 2048 // (most * warps))
-            found.append(Settings(unroll, lanes, warps, segments, resident, 0, most, narrow))
+        for segment in (24576, 32768, 65536):
+            # rows that are no longer are whole either way; a lane's loads are written out, which takes time to compile
+            whole = segment >= 2 * vocab
+            if (not whole or segment == 65536) and min(segment, 2 * vocab) <= 24 * 16 * lanes:
+                found.append(Settings(unroll, lanes, segment, depth, min(32, 1024 // lanes), 64, narrow))
     return found
 
 
@@ -53,26 +55,32 @@ def problem(rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, torch.randint(vocab, (1, rows), device="cuda")
 
 
+def compiled(vocab: int, settings: Settings) -> None:
+    """Have Triton's cache hold the kernel."""
+    logits, targets = problem(1, vocab)
+    row_stats(logits, targets, None, None, Transform(), settings)
+    torch.cuda.synchronize()
+
+
 def tune_forward(rows: int, vocab: int) -> None:
     """Print every candidate's time, then the best line."""
     logits, targets = problem(rows, vocab)
     floor = read_ms(logits)
     now = forward_settings(logits)
     times: dict[Settings, float] = {}
-    for settings in [now, *candidates(now.segments, vector_width(logits) < 4, vocab)]:
+    tried = [now, *candidates(vocab, vector_width(logits) < 4)]
+    with get_context("spawn").Pool(min(16, cpu_count())) as pool:
+        pool.starmap(compiled, [(vocab, settings) for settings in tried], chunksize=1)
+    for settings in tried:
         times[settings] = median_ms(lambda s=settings: row_stats(logits, targets, None, None, Transform(), s), 15)
         print(f"  {tuple(settings)}: {times[settings]:.4f} ms, {floor / times[settings]:.3f} of the read rate")
-    best = min(times, key=times.__getitem__)
-    print(f"vocabulary {vocab}: {best!r}, {floor / times[best]:.3f}; the table's: {floor / times[now]:.3f}")
-    for few in (64, 128) if best.segments > 1 else ():
-        print(f"  {few} rows: {few_rows(logits, targets, few, best, 100):.4f} ms with programs sharing rows, ", end="")
-        print(f"{few_rows(logits, targets, few, best, 0):.4f} without")
-
-
-def few_rows(logits: torch.Tensor, targets: torch.Tensor, few: int, settings: Settings, split: float) -> float:
-    """Time of the first `few` rows."""
-    x, y = logits[:, :few], targets[:, :few].contiguous()
-    return median_ms(lambda: row_stats(x, y, None, None, Transform(), settings._replace(split=split)))
+    best = sorted(times, key=times.__getitem__)
+    for few in (1024, 128):
+        x, y = logits[:, :few], targets[:, :few].contiguous()
+        for settings in {now: None} | dict.fromkeys(best[:4]):
+            ms = median_ms(lambda s=settings, x=x, y=y: row_stats(x, y, None, None, Transform(), s))
+            print(f"  {few} rows, {tuple(settings)}: {ms:.4f} ms")
+    print(f"vocabulary {vocab}: {best[0]!r}, {floor / times[best[0]]:.3f}; the table's: {floor / times[now]:.3f}")
 
 
 def tune_backward(rows: int, vocab: int) -> None:
@@ -102,7 +110,7 @@ def main() -> None:
     print(f"{gpu()}; in the table: {', '.join(FORWARD)}")
     for vocab in VOCABULARIES:
         tune_forward(rows, vocab)
-    for vocab in VOCABULARIES[1:]:
+    for vocab in (50257, 32000, 128256):
         tune_backward(rows, vocab)
 
 

@@ -128,3 +128,21 @@ def empties(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> C
         return partial(torch.empty, shape, dtype=dtype, device=device)
     strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
     return partial(torch._C._dynamo.guards._empty_strided_cuda, tuple(shape), strides, dtype)
+
+
+_zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def zeros_between_launches(count: int, device: torch.device) -> torch.Tensor:
+    """At least `count` zeros in int32, for a kernel on the current stream that leaves them zero when it ends.
+
+    One tensor for each stream, whose kernels run one after the other. What is captured into a graph, which may be
+    replayed on any stream, gets zeros of its own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, driver.active.get_current_stream(device.index)
+    zeros = _zeros.get(key)
+    if zeros is None or len(zeros) < count:
+        zeros = _zeros[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    return zeros

@@ -13,12 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Repeated, Variant, ceil_div, launch
+from entropy_fast.kernels.launch import Variant, launch
 from entropy_fast.reference.rows import RowStats
 
 BLOCK = 1024
-LIST_BLOCK = 4096
-LIST = Variant({"BLOCK": LIST_BLOCK}, num_warps=8)
 
 
 class ActiveRows(NamedTuple):
@@ -59,36 +57,6 @@ def split_positions(
     if peak_ptr is not None:
         tl.store(peak_ptr + position, 0.0, mask=idle)
         tl.store(log_sum_ptr + position, 0.0, mask=idle)
-
-
-@triton.jit(do_not_specialize=["positions", "counters"])
-def list_active_kernel(
-    mask_ptr,
-    rows_ptr,
-    counters_ptr,
-    logprob_ptr,
-    entropy_ptr,
-    peak_ptr,
-    log_sum_ptr,
-    positions,
-    counters,
-    BLOCK: tl.constexpr,
-):
-    """One program a BLOCK of positions; each counts what lies before its block, so that none waits for another."""
-    block = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
-    for earlier in range(block):
-        before += (tl.load(mask_ptr + earlier * BLOCK + lanes) != 0).to(tl.int32)
-    first = tl.sum(before, 0)
-    position = block * BLOCK + lanes
-    inside = position < positions
-    is_active = tl.load(mask_ptr + position, mask=inside, other=0) != 0
-    split_positions(is_active, inside, position, first, rows_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
-    if block == tl.num_programs(0) - 1:
-        tl.store(counters_ptr, first + tl.sum(is_active.to(tl.int32), 0))
-        for start in range(1, counters, BLOCK):
-            tl.store(counters_ptr + start + lanes, 0, mask=start + lanes < counters)
 
 
 @triton.jit(do_not_specialize=["columns", "eos_count"])
@@ -192,24 +160,6 @@ def finish_sequence(
     tl.store(sums_ptr + sequence, tl.sum(logprobs, 0))
     tl.store(sums_ptr + sequences + sequence, tl.sum(entropies, 0))
     tl.store(sums_ptr + 2 * sequences + sequence, tl.sum(emitted, 0))
-
-
-def list_active(
-    mask: torch.Tensor, out: RowStats, counters: torch.Tensor, listing: Repeated | None = None
-) -> ActiveRows:
-    """The list of True positions of a contiguous bool mask; zeros go to `out` at the others.
-
-    `counters` becomes their number and zeros. `listing` is the launch, for those who repeat it.
-    """
-    active = ActiveRows(torch.empty(mask.numel(), dtype=torch.int32, device=mask.device), counters)
-    listing = listing or list_launch(mask.numel(), counters.numel())
-    listing(mask, *active, *out)
-    return active
-
-
-def list_launch(rows: int, counters: int) -> Repeated:
-    """What `list_active` launches for so many rows and counters."""
-    return Repeated(list_active_kernel, ceil_div(rows, LIST_BLOCK), (rows, counters), (), LIST)
 
 
 def plan_sequences(

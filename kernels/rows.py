@@ -1,7 +1,6 @@
 """Launching the forward over rows of logits: what a call needs beside the kernel (`rows_kernel`), worked out once.
 
-Rows that a mask leaves out cost nothing: where rows are so few that programs may share them, a list of the active ones
-is made first, which tells how many there are; elsewhere the kernel is given the mask.
+Rows that a mask leaves out cost a program that ends at once. Those of sequences are in a list, which is made first.
 """
 
 from __future__ import annotations
@@ -11,13 +10,15 @@ from functools import cache
 import torch
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Repeated, Variant, empties
-from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, list_active, list_launch, plan_sequences
+from entropy_fast.kernels.launch import Repeated, Variant, empties, zeros_between_launches
+from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, plan_sequences
 from entropy_fast.kernels.rows_kernel import row_stats_kernel
+from entropy_fast.kernels.rows_pairs import has_pairs
 from entropy_fast.kernels.settings import (
     Settings,
     forward_settings,
     multiprocessors,
+    packed_instructions,
     registers,
     vector_width,
 )
@@ -81,29 +82,13 @@ def sequence_stats(
     with torch.cuda.device_of(logits):
         forward = Forward(logits, tokens, None, bias, transform, settings, include_eos=include_eos, sequences=True)
         out = forward.empty_stats()
-        counters = torch.zeros(
-            counter_count(settings, logits.device) + len(tokens), dtype=torch.int32, device=logits.device
-        )
+        counters = torch.zeros(2, dtype=torch.int32, device=logits.device)
         active, sequences = plan_sequences(
             tokens, attention_mask, prompt_lens, eos_token_ids, include_eos, stop_at_eos, out, counters
         )
         if tokens.numel() > 0:
             forward.launch(logits, tokens, None, bias, out, active, sequences)
     return out, sequences
-
-
-@cache
-def split_below(settings: Settings, device: torch.device) -> int:
-    """With fewer active rows than this, programs share rows."""
-    return int(multiprocessors(device) * settings.split) if settings.segments > 1 else 0
-
-
-def counter_count(settings: Settings, device: torch.device) -> int:
-    """Counters of a launch: active rows, the next row to take, arrivals at each row that is split.
-
-    Those of arrivals at each sequence follow.
-    """
-    return 2 + split_below(settings, device)
 
 
 class Forward:
@@ -132,28 +117,20 @@ class Forward:
         dtype = arithmetic_dtype(logits.dtype)
         self._empty = empties(targets.shape, dtype, device)
         outer, inner, vocab = logits.shape
-        few = split_below(settings, device)
-        self._segments = segments = settings.segments
-        # whether rows are shared depends on the number of active ones, which a list counts; of many rows enough remain
-        listed = sequences or (mask is not None and rows < 2 * few)
-        # rows that programs share; with a list at most so many
-        split = min(rows, few) if listed or rows < few else 0
-        counters = counter_count(settings, device)
-        self._counters = empties((counters,), torch.int32, device)
-        self._listing = list_launch(rows, counters) if listed and not sequences else None
+        segments, _ = settings.segments(vocab, logits.element_size())
+        # arrivals of programs at each row, and of rows at each sequence
+        self._arrivals = (rows if segments > 1 else 0) + (outer + rows if sequences else 0)
         self._partials = None
-        if segments > 1 and split > 0:
-            self._partials = empties((split, segments, 4, settings.lanes), dtype, device)
-        if listed:
+        if segments > 1:
+            self._partials = empties((rows, segments, settings.warps, 4), dtype, device)
+        programs = rows * segments
+        if sequences:
             # resident programs walk a list whose length is known on the device alone
-            programs = min(rows * segments, multiprocessors(device) * settings.resident)
-        else:
-            # the hardware hands out the rows
-            programs = rows + split * (segments - 1)
+            programs = min(programs, multiprocessors(device) * settings.resident)
         self._kernel = Repeated(
             row_stats_kernel,
             programs,
-            (rows, inner, vocab, logits.stride(0), logits.stride(1), few, outer if sequences else 0),
+            (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0),
             (transform.factor, transform.squeeze or 0.0),
             _variant(
                 settings,
@@ -165,9 +142,11 @@ class Forward:
                 not sequences and (outer == 1 or logits.stride(0) == inner * logits.stride(1)),
                 bias is not None,
                 transform.softcap is not None,
+                has_pairs(transform.factor),
                 sequences,
                 include_eos,
                 device,
+                packed_instructions(device),
             ),
         )
 
@@ -182,10 +161,7 @@ class Forward:
         out = self.empty_stats()
         if self._rows == 0:
             return out
-        active = None
-        if self._listing is not None:
-            active = list_active(mask, out, self._counters(), self._listing)
-        self.launch(logits, targets, mask, bias, out, active)
+        self.launch(logits, targets, mask, bias, out)
         return out
 
     def empty_stats(self) -> RowStats:
@@ -200,26 +176,19 @@ class Forward:
         mask: torch.Tensor | None,
         bias: torch.Tensor | None,
         out: RowStats,
-        active: ActiveRows | None,
+        active: ActiveRows | None = None,
         sequences: Sequences | None = None,
     ) -> None:
         """Fill `out`, on the current device."""
-        partials = None
-        counters = None if active is None else active.counters
-        if self._segments > 1:
-            # split or not, the kernel is the same one, and so are the types of what it is given
-            partials = out.logprob if self._partials is None else self._partials()
-            if active is None:
-                counters = partials.view(torch.int32) if self._partials is None else self._counters().zero_()
         self._kernel(
             logits,
             bias,
             targets,
-            mask if active is None else None,
+            mask,
             *out,
-            None if active is None else active.rows,
-            counters,
-            partials,
+            *((None, None) if active is None else active),
+            zeros_between_launches(self._arrivals, self._device) if self._arrivals else None,
+            None if self._partials is None else self._partials(),
             *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
         )
 
@@ -234,38 +203,41 @@ def _variant(
     flat: bool,
     has_bias: bool,
     softcap: bool,
+    paired: bool,
     sequences: bool,
     include_eos: bool,
     device: torch.device,
+    packed: int,
 ) -> Variant:
     narrow = width * itemsize < 8
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
-    # elements that are not in words of two take a register each
-    unroll = min(settings.unroll, 8 // max(itemsize, 4)) if has_bias or softcap else settings.unroll
-    # what does not fit into the limit would spill
-    extra = has_bias or softcap or (sequences and (narrow or itemsize > 2))
-    most = None if extra and (narrow or unroll > 2) else settings.registers
-    if itemsize == 8:
-        # all that there are: left alone, the compiler takes fewer and spills
-        most = min(255, 2048 // settings.warps)
+    # what takes many instructions an element, and registers beyond a limit
+    heavy = has_bias or softcap or itemsize == 8
+    pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
+    most = None if heavy else settings.registers
+    segments, length = settings.segments(vocab, itemsize)
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
             "SOFTCAP": softcap,
-            "EVEN": not words and vocab % width == 0,
             "FLAT": flat,
-            "PAIRS": itemsize == 2 and not (has_bias or softcap) and (words or width > 1),
-            "PACKED": device.type == "cuda" and torch.version.hip is None,
+            "PAIRS": pairs,
+            "PACKED": packed,
+            "WRITTEN_OUT": not heavy,
             "SEQUENCES": sequences,
             "INCLUDE_EOS": include_eos,
-            "SEGMENTS": settings.segments,
-            "UNROLL": unroll * (16 // itemsize) // width,
+            "VOCAB": vocab,
+            "SEGMENTS": segments,
+            "LENGTH": length,
+            "UNROLL": (min(settings.unroll, 2) if heavy else settings.unroll) * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
+            "DEPTH": settings.depth,
             "WORDS": words,
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
+        enable_fp_fusion=False,
         num_warps=settings.warps,
         **registers(most, device),
     )

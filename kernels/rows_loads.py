@@ -11,23 +11,6 @@ from entropy_fast.kernels.rows_pairs import halves
 
 
 @triton.jit
-def load_up_to(pointer, left, BLOCK: tl.constexpr, WIDE: tl.constexpr, POLICY: tl.constexpr):
-    """Elements [BLOCK], the first `left` of them read.
-
-    WIDE: several by a load, with one mask, which is cheaper than a branch. Where each element has a load of its own,
-    and so a mask, only the last block has them.
-    """
-    place = tl.arange(0, BLOCK)
-    if WIDE:
-        x = tl.load(pointer + place, mask=place < left, other=0, eviction_policy=POLICY)
-    elif left >= BLOCK:
-        x = tl.load(pointer + place, eviction_policy=POLICY)
-    else:
-        x = tl.load(pointer + place, mask=place < left, other=0, eviction_policy=POLICY)
-    return x
-
-
-@triton.jit
 def load_word(words_ptr, word, skip, phase, left):
     """Words `word + skip` of a row; where `left` is not None, those alone that hold one of so many elements."""
     pointer = (words_ptr + skip) + word
@@ -78,29 +61,41 @@ def load_block(
     row_ptr,
     words_ptr,
     phase,
-    start,
-    end,
+    begin,
+    left,
+    SURE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Elements [BLOCK] of a row from `start` on, those before `end`; with PAIRS as words [BLOCK // 2] of two.
+    """Elements [BLOCK] of a row from `begin` on, with PAIRS as words [BLOCK // 2] of two.
 
-    Whole loads of WIDTH elements may read past the end, within the 16 bytes that hold the last element. Of one
-    dimension, so that a vector stays in one thread, whatever layout the compiler likes for three.
+    The first `left` are there, and the compiler knows of SURE of them, for which it needs no mask. Loads of WIDTH
+    elements of which none is there are left out, and give −inf; the last one may read past the end, within the 16 bytes
+    that hold the last element. (Words that are left out give 0.) Of one dimension, so that a vector stays in one
+    thread, whatever layout the compiler likes for three.
     """
-    left = end - start
-    loaded = tl.cdiv(left, WIDTH) * WIDTH
     if WORDS:
-        if left < BLOCK:
-            w = load_words(words_ptr + start // 2, phase, left, BLOCK)
+        if SURE >= BLOCK:
+            w = load_words(words_ptr + begin // 2, phase, None, BLOCK)
         else:
-            w = load_words(words_ptr + start // 2, phase, None, BLOCK)
+            w = load_words(words_ptr + begin // 2, phase, left, BLOCK)
         if not PAIRS:
             w = elements(w, row_ptr.dtype.element_ty)
-    elif PAIRS:
-        w = load_up_to(words_ptr + start // 2, loaded // 2, BLOCK // 2, True, "evict_first")
     else:
-        w = load_up_to(row_ptr + start, loaded, BLOCK, WIDTH > 1, "evict_first")
+        if PAIRS:
+            pointer = words_ptr + begin // 2
+            SIZE: tl.constexpr = 2
+            NONE: tl.constexpr = (0xFF80FF80 if row_ptr.dtype.element_ty == tl.bfloat16 else 0xFC00FC00) - (1 << 32)
+        else:
+            pointer = row_ptr + begin
+            SIZE: tl.constexpr = 1
+            NONE: tl.constexpr = -float("inf")
+        place = tl.arange(0, BLOCK // SIZE)
+        if SURE >= BLOCK:
+            w = tl.load(pointer + place, eviction_policy="evict_first")
+        else:
+            inside = (place < SURE // SIZE) | (place < tl.cdiv(left, WIDTH) * (WIDTH // SIZE))
+            w = tl.load(pointer + place, mask=inside, other=NONE, eviction_policy="evict_first")
     return w

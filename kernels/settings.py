@@ -1,4 +1,4 @@
-"""Launch settings by GPU, width of the logits and size of the vocabulary; measured once, never tuned at run time."""
+"""Launch settings by GPU, size of a row and how it can be loaded; measured once, never tuned at run time."""
 
 from __future__ import annotations
 
@@ -7,29 +7,43 @@ from typing import NamedTuple
 
 import torch
 
+# segments begin at multiples of so many elements: at cache lines, where rows do
+ALIGNED = 64
+
 
 class Settings(NamedTuple):
     """Block shape and launch parameters of the forward over rows of logits.
 
     Attributes:
         unroll: 16-byte loads of a lane in a block.
-        lanes: independent running sums of a program.
-        warps: warps of a program.
-        segments: pieces that a row is cut into; part of the result's bits, so never a function of the number of rows.
+        lanes: independent running sums of a program, 32 for each warp.
+        segment: most bytes of a row that a program takes; part of the result's bits.
+        depth: blocks that are loaded ahead.
         resident: programs that a multiprocessor runs at once.
-        split: active rows a multiprocessor below which programs share rows, a segment each.
         registers: most registers of a thread, where the compiler's own choice costs residency.
         words: whether 16-bit rows that may start on any 2 bytes are read as aligned words.
     """
 
     unroll: int
     lanes: int
-    warps: int
-    segments: int
+    segment: int
+    depth: int
     resident: int
-    split: float
     registers: int | None = None
     words: bool = False
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return self.lanes // 32
+
+    def segments(self, vocab: int, itemsize: int) -> tuple[int, int]:
+        """How many segments a row is cut into, and elements of each but the last: never by the number of rows."""
+        pieces = -(-vocab * itemsize // self.segment)
+        if pieces == 1:
+            return 1, vocab
+        length = -(-vocab // (pieces * ALIGNED)) * ALIGNED
+        return -(-vocab // length), length
 
 
 class BackwardSettings(NamedTuple):
@@ -39,15 +53,16 @@ class BackwardSettings(NamedTuple):
     warps: int
 
 
-# (largest vocabulary, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes chose
-# them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
+# (largest row in bytes, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes
+# chose them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
-        (2048, None, Settings(2, 32, 1, 1, 32, 0)),
-        (2**31, True, Settings(2, 128, 4, 4, 8, 1.0, 64, True)),
-        (16384, False, Settings(2, 128, 4, 1, 8, 0, 64)),
-        (65536, False, Settings(4, 256, 8, 1, 4, 0, 64)),
-        (2**31, None, Settings(2, 512, 16, 2, 2, 0.25, 64)),
+        (4096, None, Settings(2, 32, 65536, 2, 32, 64)),
+        (2**40, True, Settings(4, 128, 24576, 2, 8, 64, True)),
+        (16384, None, Settings(8, 128, 65536, 1, 8, 64)),
+        (32768, None, Settings(4, 128, 65536, 2, 8, 64)),
+        (65536, None, Settings(2, 256, 65536, 3, 4, 64)),
+        (2**40, None, Settings(4, 128, 32768, 2, 8, 64)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
@@ -70,6 +85,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def packed_instructions(device: torch.device) -> int:
+    """The major compute capability that the device has NVIDIA's packed instructions of, or 0."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 0
+
+
 def registers(most: int | None, device: torch.device) -> dict[str, int]:
     """Triton's option for a limit on registers, where there is one to set."""
     return {"maxnreg": most} if most is not None and device.type == "cuda" and torch.version.hip is None else {}
@@ -77,13 +99,14 @@ def registers(most: int | None, device: torch.device) -> dict[str, int]:
 
 def forward_settings(logits: torch.Tensor) -> Settings:
     """The table's entry for these logits."""
-    return _forward_settings(logits.shape[-1], vector_width(logits) * logits.element_size() < 8)
+    itemsize = logits.element_size()
+    return _forward_settings(logits.shape[-1] * itemsize, vector_width(logits) * itemsize < 8)
 
 
 @cache
-def _forward_settings(vocab: int, narrow: bool) -> Settings:
+def _forward_settings(row_bytes: int, narrow: bool) -> Settings:
     table = FORWARD.get(gpu(), FORWARD["sm90"])
-    return next(settings for most, takes, settings in table if vocab <= most and takes in (narrow, None))
+    return next(settings for most, takes, settings in table if row_bytes <= most and takes in (narrow, None))
 
 
 def backward_settings(itemsize: int) -> BackwardSettings:

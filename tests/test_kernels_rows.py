@@ -24,11 +24,11 @@ def test_in_the_interpreter(which):
     run_interpreted(__file__, "-k", which)
 
 
-def small(segments=3, split=100, words=False):
-    """Settings with which a vocabulary of 100 has whole blocks, a tail and several segments."""
+def small(segment=128, words=False):
+    """Settings with blocks of 256 numbers of 16 bits, and segments of so many bytes."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(2, lanes=4, warps=1, segments=segments, resident=2, split=split, words=words)
+    return Settings(1, lanes=32, segment=segment, depth=1, resident=2, words=words)
 
 
 # bf16 without bias and softcap is read in words of two
@@ -57,8 +57,8 @@ def assert_close(got, expected, atol):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [(), (0.75, 0.5, 4.0)])
-@pytest.mark.parametrize(("vocab", "segments"), [(3, 1), (96, 1), (131, 3)])
-def test_forward_matches_float64(dtype, options, vocab, segments):
+@pytest.mark.parametrize(("vocab", "segment"), [(3, 128), (256, 4096), (131, 128), (700, 1024)])
+def test_forward_matches_float64(dtype, options, vocab, segment):
     from entropy_fast.kernels.rows import row_stats
     from entropy_fast.reference.transform import Transform
 
@@ -68,7 +68,7 @@ def test_forward_matches_float64(dtype, options, vocab, segments):
     targets = torch.randint(vocab, (2, 3), generator=g)
     bias = torch.randn(vocab, generator=g).double() if dtype == torch.float64 else torch.randn(vocab, generator=g)
     b = bias if vocab == 131 else None
-    got = row_stats(logits, targets, None, b, transform, small(segments))
+    got = row_stats(logits, targets, None, b, transform, small(segment))
     assert_close(got, reference(logits, targets, None, b, transform), 1e-13 if dtype == torch.float64 else 3e-6)
 
 
@@ -85,8 +85,8 @@ def test_minus_infinity_nan_and_outside_targets(dtype):
     logits[0, 7] = torch.finfo(dtype).min
     logits[0, 8, 10:] = torch.finfo(dtype).min
     expected = reference(logits, targets)
-    for segments, split in ((1, 0), (3, 0), (3, 100)):
-        assert_close(row_stats(logits, targets, None, None, _plain(), small(segments, split)), expected, 3e-6)
+    for segment in (4096, 128):
+        assert_close(row_stats(logits, targets, None, None, _plain(), small(segment)), expected, 3e-6)
     targets[0, 0], targets[0, 1] = 100, -1
     out = row_stats(logits, targets, None, None, _plain(), small())
     assert out.logprob[0, :2].isnan().all()
@@ -116,57 +116,33 @@ def test_a_confident_row_keeps_its_digits(dtype):
 
 @interpreted
 @with_pairs
-def test_masks_splits_and_batches_leave_the_bits_alone(dtype):
+@pytest.mark.parametrize("segment", [4096, 128], ids=["whole rows", "segments"])
+def test_masks_and_batches_leave_the_bits_alone(dtype, segment):
     from entropy_fast.kernels.rows import row_stats
 
+    settings = small(segment)
     logits, targets = (3 * torch.randn(2, 4, 150)).to(dtype), torch.randint(150, (2, 4))
-    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    whole = row_stats(logits, targets, None, None, _plain(), small(split=0))
-    split = row_stats(logits, targets, None, None, _plain(), small(split=100))
-    alone = row_stats(logits[1:, 2:3], targets[1:, 2:3].contiguous(), None, None, _plain(), small(split=0))
-    clean = [row_stats(logits, targets, mask, None, _plain(), small(split=s)) for s in (0, 100)]
-    logits[~mask], targets[~mask] = math.nan, -100
-    dirty = row_stats(logits, targets, mask, None, _plain(), small())
-    for a, b, one, c, d, e in zip(whole, split, alone, *clean, dirty, strict=True):
-        assert torch.equal(a, b)
+    whole = row_stats(logits, targets, None, None, _plain(), settings)
+    alone = row_stats(logits[1:, 2:3], targets[1:, 2:3].contiguous(), None, None, _plain(), settings)
+    for a, one in zip(whole, alone, strict=True):
         assert a[1, 2] == one[0, 0]
-        for masked in (c, d, e):
-            assert torch.equal(masked, torch.where(mask, a, 0.0))
-
-
-@interpreted
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_list_of_several_blocks(share):
-    from entropy_fast.kernels.plan import LIST_BLOCK, list_active
-    from entropy_fast.reference.rows import RowStats
-
-    mask = torch.rand(3, LIST_BLOCK) < share
-    mask = mask[:, :-100].contiguous()
-    stats = RowStats(*(torch.full(mask.shape, math.nan) for _ in range(4)))
-    counters = torch.full((LIST_BLOCK + 7,), -1, dtype=torch.int32)
-    active = list_active(mask, stats, counters)
-    places = mask.view(-1).nonzero()[:, 0]
-    assert int(counters[0]) == len(places)
-    assert not counters[1:].any()
-    assert torch.equal(active.rows[: len(places)].long(), places)
-    for t in stats:
-        assert not t[~mask].any()
-        assert t[mask].isnan().all()
-    # and without what the backward alone needs
-    logprob, entropy = (torch.full(mask.shape, math.nan) for _ in range(2))
-    list_active(mask, RowStats(logprob, entropy, None, None), counters)
-    assert not logprob[~mask].any()
-    assert not entropy[~mask].any()
+    some, none = torch.rand(2, 4) < 0.5, torch.zeros(2, 4, dtype=torch.bool)
+    for mask, for_backward in ((some, True), (some, False), (none, True), (~none, False)):
+        dirty, nowhere = logits.clone(), targets.clone()
+        dirty[~mask], nowhere[~mask] = math.nan, -100
+        out = row_stats(dirty, nowhere, mask, None, _plain(), settings, for_backward)
+        for a, b in zip(out, whole, strict=True):
+            assert a is None or torch.equal(a, torch.where(mask, b, 0.0))
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("vocab", "segments"), [(1, 1), (131, 3)])
-def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segments):
+@pytest.mark.parametrize(("vocab", "segment"), [(1, 128), (131, 128), (700, 1024)])
+def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segment):
     from entropy_fast.kernels.rows import row_stats
     from entropy_fast.kernels.settings import vector_width
 
-    settings = small(segments, words=True)
+    settings = small(segment, words=True)
     # around every row lies what would show if it were part of it
     base = torch.full((2, 3, vocab + 5), math.nan, dtype=dtype)
     for start, count in ((2, vocab), (1, vocab), (3, 1 + vocab // 2)):
@@ -191,49 +167,31 @@ def test_rows_on_any_two_bytes_are_read_as_words(dtype, vocab, segments):
 
 
 @interpreted
-@with_pairs
-@pytest.mark.parametrize("settings", [small(1), small(3, split=4)], ids=["one segment", "many rows"])
-def test_masked_rows_that_no_programs_share_need_no_list(dtype, settings):
-    from entropy_fast.kernels.rows import Forward, row_stats
-
-    logits, targets = (3 * torch.randn(2, 4, 150)).to(dtype), torch.randint(150, (2, 4))
-    assert Forward(logits, targets, torch.ones(2, 4, dtype=torch.bool), None, _plain(), settings)._listing is None
-    whole = row_stats(logits, targets, None, None, _plain(), settings)
-    some, none = torch.rand(2, 4) < 0.5, torch.zeros(2, 4, dtype=torch.bool)
-    for mask, for_backward in ((some, True), (some, False), (none, True), (~none, False)):
-        dirty, nowhere = logits.clone(), targets.clone()
-        dirty[~mask], nowhere[~mask] = math.nan, -100
-        out = row_stats(dirty, nowhere, mask, None, _plain(), settings, for_backward)
-        for a, b in zip(out, whole, strict=True):
-            assert a is None or torch.equal(a, torch.where(mask, b, 0.0))
-
-
-@interpreted
 @pytest.mark.parametrize(
-    ("dtype", "vocab", "segments"),
+    ("dtype", "vocab", "segment"),
     [
-        *[(torch.bfloat16, vocab, segments) for vocab, segments in ((1, 3), (2, 1), (6, 3), (63, 1), (64, 3))],
-        *[(torch.bfloat16, vocab, segments) for vocab, segments in ((128, 1), (130, 3), (131, 1), (131, 3))],
-        *[(torch.float16, vocab, segments) for vocab, segments in ((2, 3), (63, 1), (131, 3))],
+        *[(torch.bfloat16, vocab, segment) for vocab, segment in ((1, 4096), (2, 128), (63, 4096), (64, 128))],
+        *[(torch.bfloat16, vocab, segment) for vocab, segment in ((128, 4096), (130, 128), (131, 4096), (131, 128))],
+        *[(torch.bfloat16, vocab, segment) for vocab, segment in ((256, 4096), (520, 4096), (700, 1024))],
+        *[(torch.float16, vocab, segment) for vocab, segment in ((2, 128), (63, 4096), (131, 128), (700, 1024))],
     ],
 )
-def test_words_of_two(dtype, vocab, segments):
-    """With blocks of 64: parts of a block, whole ones, both; more segments than blocks; odd ends in aligned rows."""
+def test_words_of_two(dtype, vocab, segment):
+    """With blocks of 256: parts of a block, whole ones, both; segments of a few numbers; odd ends in aligned rows."""
     from entropy_fast.kernels.rows import Forward, row_stats
 
     # behind every row lies what would show if it were part of it
-    base = torch.full((1, 6, 136), math.nan, dtype=dtype)
+    base = torch.full((1, 6, 704), math.nan, dtype=dtype)
     logits = base[..., :vocab].copy_(3 * torch.randn(1, 6, vocab))
     targets = torch.randint(vocab, (1, 6))
     logits[0, 1, ::2], logits[0, 2, 1::2] = -math.inf, -math.inf
     logits[0, 3, 0], logits[0, 4, vocab - 1], logits[0, 5] = math.nan, math.nan, math.nan
     targets[0, 0] = vocab - 1
-    for settings in {small(segments, 0), small(segments, 100 * (segments > 1))}:
-        forward = Forward(logits, targets, None, None, _plain(), settings)
-        assert forward._kernel._rest[2].constants["PAIRS"]
-        assert_close(forward(logits, targets, None, None), reference(logits, targets), 3e-6)
+    forward = Forward(logits, targets, None, None, _plain(), small(segment))
+    assert forward._kernel._rest[2].constants["PAIRS"]
+    assert_close(forward(logits, targets, None, None), reference(logits, targets), 3e-6)
     logits[0, 3], logits[0, 4, vocab // 2] = -math.inf, math.inf
-    out = row_stats(logits, targets, None, None, _plain(), small(segments))
+    out = row_stats(logits, targets, None, None, _plain(), small(segment))
     assert out.logprob[0, 3:].isnan().all()
     assert out.entropy[0, 3:].isnan().all()
 
@@ -390,7 +348,7 @@ COMPILATIONS += [(target, "*bf16", False) for target in TARGETS if target[1] != 
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "split_below", "sequences")
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "sequences")
 SCALARS = dict.fromkeys(
     (
         *SCALARS,
@@ -412,7 +370,7 @@ SCALARS |= {"factor": "fp64", "squeeze": "fp64"}
 TYPES = {"targets_ptr": "*i64", "tokens_ptr": "*i64", "prompt_lens_ptr": "*i64", "eos_ptr": "*i64"}
 TYPES |= {"eos_column_ptr": "*i64", "sums_ptr": "*fp64", "mask_ptr": "*i1", "attention_ptr": "*i1"}
 TYPES |= {"runs_past_ptr": "*i1"} | dict.fromkeys(
-    ("active_ptr", "counters_ptr", "pending_ptr", "rows_ptr", "count_ptr", "lengths_ptr"), "*i32"
+    ("active_ptr", "counters_ptr", "arrivals_ptr", "pending_ptr", "rows_ptr", "count_ptr", "lengths_ptr"), "*i32"
 )
 
 
@@ -440,7 +398,7 @@ def _compile(kernel, logits_type, constants, target, **options):
     return triton.compile(source, target=GPUTarget(backend, arch, 64 if backend == "hip" else 32), options=options)
 
 
-def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=False, aligned=True, settings=None):
+def _forward_variant(target, logits_type, vocab, everything, aligned):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
     from entropy_fast.kernels.settings import forward_settings
@@ -450,17 +408,20 @@ def _forward_variant(logits_type, vocab, sequences=False, softcap=False, bias=Fa
     dtype = dtypes[logits_type]
     # rows an odd number of elements apart start anywhere
     rows = torch.empty(2, vocab if aligned else vocab + 1, dtype=dtype, device="meta")[None, :, :vocab]
-    settings = settings or forward_settings(rows)
     arithmetic = torch.float64 if itemsize == 8 else torch.float32
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
-    flags = (not sequences, bias, softcap, sequences, True)
-    variant = _variant(settings, arithmetic, itemsize, width, odd, *flags, torch.device("cuda"))
-    absent = ["mask_ptr"] if bias else ["mask_ptr", "bias_ptr"]
-    absent += [] if settings.segments > 1 else ["partials_ptr"]
-    if not sequences:
-        absent += ["active_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
+    flags = (not everything, everything, everything, True, everything, True)
+    packed = target[1] // 10 if target[0] == "cuda" else 0
+    variant = _variant(forward_settings(rows), arithmetic, itemsize, width, odd, *flags, torch.device("cuda"), packed)
+    segments = variant.constants["SEGMENTS"]
+    absent = [] if segments > 1 else ["partials_ptr"]
+    absent += [] if segments > 1 or everything else ["arrivals_ptr"]
+    if everything:
+        absent += ["mask_ptr"]
+    else:
+        absent += ["bias_ptr", "active_ptr", "counters_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
     return variant, variant.constants | dict.fromkeys(absent)
 
 
@@ -471,10 +432,7 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
 
     for vocab in (1000, 32000, 128256) if target == ("cuda", 90) else (128256,):
         for aligned in (True,) if vocab == 1000 else (True, False):
-            variant, constants = _forward_variant(
-                logits_type, vocab, sequences=everything, softcap=everything, bias=everything, aligned=aligned
-            )
-            constants |= {"PACKED": target[0] == "cuda"}
+            variant, constants = _forward_variant(target, logits_type, vocab, everything, aligned)
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **variant.options)
             if target == ("cuda", 90):
                 # two registers, once a row, where everything comes together; what users meet most needs none
@@ -482,9 +440,11 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
                 assert stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
             if target[0] == "cuda":
                 ptx = compiled.asm["ptx"]
-                # 16-byte loads, of the first block and in the loop of the next two
+                # 16-byte loads, of all that a lane takes or of a block in a loop
                 wide = len(re.findall(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx))
-                assert not aligned or wide >= 3 * variant.constants["UNROLL"]
+                c = variant.constants
+                steps = -(-c["LENGTH"] // (c["LANES"] * c["WIDTH"])) if c["WRITTEN_OUT"] else c["UNROLL"]
+                assert not aligned or wide >= steps
                 pairs = logits_type[-2:] == "16" and not everything
                 assert ("max.bf16x2" in ptx or "max.f16x2" in ptx) == pairs
 
@@ -524,9 +484,8 @@ def test_the_backward_of_odd_rows_keeps_to_its_registers(flat, tmp_path):
 @compiles
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
 def test_plans_compile(target):
-    from entropy_fast.kernels.plan import list_active_kernel, plan_sequences_kernel
+    from entropy_fast.kernels.plan import plan_sequences_kernel
 
-    _compile(list_active_kernel, "*bf16", {"BLOCK": 1024}, target)
     for flag in (False, True):
         constants = {"BLOCK": 1024, "INCLUDE_EOS": flag, "STOP_AT_EOS": flag}
         _compile(plan_sequences_kernel, "*bf16", constants, target)
