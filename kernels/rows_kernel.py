@@ -101,6 +101,8 @@ def read_segment(
                     ),
                 )
             if i >= DEPTH:
+                if i == DEPTH:
+                    tl.debug_barrier()  # see below
                 left = length - (i - DEPTH) * BLOCK
                 w = tl.reshape(ahead[0], [ahead[0].shape[0] // (LANES * ITEMS), LANES, ITEMS])
                 ahead = ahead[1:]
@@ -114,8 +116,11 @@ def read_segment(
                         w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
                     m, n, r, e = absorb(w, m, n, r, e, alpha, least, i == DEPTH)
                 if i == DEPTH:
-                    # requested behind the first blocks, which so need not wait for it, nor anything for it at the end
+                    # Requested behind the first blocks, which so need not wait for it, nor anything for it at the end.
+                    # NVIDIA's assembler puts off what is needed late, the target's id and then its logit, until all
+                    # sums are done, but nothing beyond a barrier.
                     raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
+                    tl.debug_barrier()
     else:
         raw_target = tl.load(row_ptr + target, mask=known, other=float("nan"))
         for i in tl.range(BLOCKS):
