@@ -216,6 +216,8 @@ def _variant(
     heavy = has_bias or softcap or itemsize == 8
     pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
     most = None if heavy else settings.registers
+    # what is not packed takes a register each, and more where much is done with it
+    unroll = settings.unroll if pairs else min(settings.unroll, 2 if heavy else 4)
     segments, length = settings.segments(vocab, itemsize)
     return Variant(
         {
@@ -230,7 +232,7 @@ def _variant(
             "VOCAB": vocab,
             "SEGMENTS": segments,
             "LENGTH": length,
-            "UNROLL": (min(settings.unroll, 2) if heavy else settings.unroll) * (16 // itemsize) // width,
+            "UNROLL": unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
             "DEPTH": settings.depth,

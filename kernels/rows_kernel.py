@@ -109,7 +109,9 @@ def read_segment(
                 if PAIRS:
                     if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH and (WORDS or VOCAB % WIDTH != 0):
                         w = keep_first(w, left, ELEMENT)
-                    m, n, r, e = absorb_pairs(w, m, n, r, e, alpha, least, ELEMENT, PACKED, i == DEPTH)
+                    m, n, r, e = absorb_pairs(
+                        w, m, n, r, e, alpha, least, ELEMENT, PACKED, i == DEPTH, 4 if WORDS else 1
+                    )
                 else:
                     w = w.to(ACC)
                     if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH:

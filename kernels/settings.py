@@ -58,7 +58,7 @@ class BackwardSettings(NamedTuple):
 FORWARD = {
     "sm90": (
         (4096, None, Settings(2, 32, 65536, 2, 32, 64)),
-        (2**40, True, Settings(4, 128, 24576, 2, 8, 64, True)),
+        (2**40, True, Settings(8, 128, 32768, 1, 8, 64, True)),
         (16384, None, Settings(8, 128, 65536, 1, 8, 64)),
         (32768, None, Settings(4, 128, 65536, 2, 8, 64)),
         (65536, None, Settings(2, 256, 65536, 3, 4, 64)),
