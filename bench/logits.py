@@ -4,10 +4,11 @@
 
 All in one run. The floor of the forward is one plain read of the logits, that of the backward a copy of them. Errors
 are against float64 over the first rows; a peer that is not installed is left out, one that fails is named on stderr.
-TRL's and this project's functions give log-prob and entropy, Liger's and Quack's the log-prob alone (Liger's of
-one row less). The line `host` is what one call costs the host on a small input, `first call` what a user waits for the
-first one, in a process of its own where nothing was ever compiled. Up to 1024 rows, `forward, in a graph` is the time
-of a call in a CUDA graph, over as many inputs as no cache holds: what is left when submitting costs nothing.
+TRL's and this project's functions give log-prob and entropy, the rest the log-prob alone: Liger's of one row less,
+Quack's and fla's as a loss, whose change of sign is a small kernel of its own and in their times. The line `host` is
+what one call costs the host on a small input, `first call` what a user waits for the first one, in a process of its own
+where nothing was ever compiled. Up to 1024 rows, `forward, in a graph` is the time of a call in a CUDA graph, over as
+many inputs as no cache holds: what is left when submitting costs nothing.
 """
 
 from __future__ import annotations
