@@ -45,13 +45,8 @@ class Sequences(NamedTuple):
 
 
 @triton.jit
-def split_positions(
-    is_active, inside, position, first, rows_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
-):  # fmt: skip
-    """List the active positions of a block from entry `first` on and write zeros where nothing will be computed."""
-    flags = is_active.to(tl.int32)
-    tl.store(rows_ptr + first + tl.cumsum(flags, 0) - flags, position.to(tl.int32), mask=is_active)
-    idle = inside & (is_active == 0)
+def write_zeros(position, idle, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
+    """What there is for positions that are not computed: zeros, at those that are `idle`."""
     tl.store(logprob_ptr + position, 0.0, mask=idle)
     tl.store(entropy_ptr + position, 0.0, mask=idle)
     if peak_ptr is not None:
@@ -114,18 +109,11 @@ def plan_sequences_kernel(
             counted += tl.sum(generated.to(tl.int32), 0)
         else:
             counted += tl.sum((generated & (column != eos_column)).to(tl.int32), 0)
-        entry = tl.atomic_add(count_ptr, tl.sum(generated.to(tl.int32), 0), sem="relaxed")
-        split_positions(
-            generated,
-            inside,
-            base + column,
-            entry,
-            rows_ptr,
-            logprob_ptr,
-            entropy_ptr,
-            peak_ptr,
-            log_sum_ptr,
-        )
+        flags = generated.to(tl.int32)
+        entry = tl.atomic_add(count_ptr, tl.sum(flags, 0), sem="relaxed") + tl.cumsum(flags, 0) - flags
+        position = base + column
+        tl.store(rows_ptr + entry, position.to(tl.int32), mask=generated)
+        write_zeros(position, inside & (generated == 0), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
     tl.store(pending_ptr + sequence, emitted)
     tl.store(lengths_ptr + sequence, counted)
     tl.store(eos_column_ptr + sequence, tl.where(eos_column < columns, eos_column, -1).to(tl.int64))

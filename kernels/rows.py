@@ -216,8 +216,9 @@ def _variant(
     heavy = has_bias or softcap or itemsize == 8
     pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
     most = None if heavy else settings.registers
-    # what is not packed takes a register each, and more where much is done with it
-    unroll = settings.unroll if pairs else min(settings.unroll, 2 if heavy else 4)
+    # what is not packed takes a register each, and more where much is done with it or each has a load of its own
+    unpacked = (1 if width == 1 else 2) if heavy else 4
+    unroll = settings.unroll if pairs else min(settings.unroll, unpacked)
     segments, length = settings.segments(vocab, itemsize)
     return Variant(
         {

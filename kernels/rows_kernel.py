@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E, tanh
-from entropy_fast.kernels.plan import finish_sequence
+from entropy_fast.kernels.plan import finish_sequence, write_zeros
 from entropy_fast.kernels.rows_loads import load_block
 from entropy_fast.kernels.rows_pairs import FAR, absorb_pairs, keep_first, peak_alone
 from entropy_fast.kernels.rows_sums import FLOOR, absorb, empty_sets, left_at, merge, moments
@@ -249,11 +249,7 @@ def row_stats_kernel(
     if mask_ptr is not None:
         row = unit // SEGMENTS
         is_active = tl.load(mask_ptr + row) != 0
-        tl.store(logprob_ptr + row, 0.0, mask=is_active == 0)
-        tl.store(entropy_ptr + row, 0.0, mask=is_active == 0)
-        if peak_ptr is not None:
-            tl.store(peak_ptr + row, 0.0, mask=is_active == 0)
-            tl.store(log_sum_ptr + row, 0.0, mask=is_active == 0)
+        write_zeros(row, is_active == 0, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
         units = tl.where(is_active, units, 0)
     while unit < units:
         row = unit // SEGMENTS

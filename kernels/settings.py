@@ -15,7 +15,7 @@ class Settings(NamedTuple):
     """Block shape and launch parameters of the forward over rows of logits.
 
     Attributes:
-        unroll: 16-byte loads of a lane in a block.
+        unroll: 16-byte loads of a lane in a block, at most; fewer where numbers are not kept in words of two.
         lanes: independent running sums of a program, 32 for each warp.
         segment: most bytes of a row that a program takes; part of the result's bits.
         depth: blocks that are loaded ahead.
@@ -54,7 +54,7 @@ class BackwardSettings(NamedTuple):
 
 
 # (largest row in bytes, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes
-# chose them. Written by `python -m bench.tune`, explained in bench/NOTES.md.
+# chose them, timed as by `python -m bench.tune`, few and masked rows too; explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
         (4096, None, Settings(2, 32, 65536, 2, 32, 64)),

@@ -435,8 +435,8 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
             variant, constants = _forward_variant(target, logits_type, vocab, everything, aligned)
             compiled = _compile(row_stats_kernel, logits_type, constants, target, **variant.options)
             if target == ("cuda", 90):
-                # three registers, once a row, where everything comes together; what users meet most needs none
-                allowed = 16 if everything else 0
+                # two registers, once a row, where everything comes together; what users meet most needs none
+                allowed = 8 if everything else 0
                 assert stack_bytes(compiled, tmp_path) <= allowed, (vocab, aligned)
             if target[0] == "cuda":
                 ptx = compiled.asm["ptx"]
