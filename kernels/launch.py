@@ -130,6 +130,8 @@ def empties(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> C
     return partial(torch._C._dynamo.guards._empty_strided_cuda, tuple(shape), strides, dtype)
 
 
+# zeros are kept up to so many, 16 MB
+KEPT = 1 << 22
 _zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
@@ -137,9 +139,9 @@ def zeros_between_launches(count: int, device: torch.device) -> torch.Tensor:
     """At least `count` zeros in int32, for a kernel on the current stream that leaves them zero when it ends.
 
     One tensor for each stream, whose kernels run one after the other. What is captured into a graph, which may be
-    replayed on any stream, gets zeros of its own.
+    replayed on any stream, gets zeros of its own, and so do calls that want very many.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or count > KEPT or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, driver.active.get_current_stream(device.index)
     zeros = _zeros.get(key)

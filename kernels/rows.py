@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import triton.language as tl
 
-from entropy_fast.kernels.launch import Repeated, Variant, empties, zeros_between_launches
+from entropy_fast.kernels.launch import Repeated, Variant, ceil_div, empties, zeros_between_launches
 from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, plan_sequences
 from entropy_fast.kernels.rows_kernel import row_stats_kernel
 from entropy_fast.kernels.rows_pairs import has_pairs
@@ -118,19 +118,21 @@ class Forward:
         self._empty = empties(targets.shape, dtype, device)
         outer, inner, vocab = logits.shape
         segments, _ = settings.segments(vocab, logits.element_size())
-        # arrivals of programs at each row, and of rows at each sequence
-        self._arrivals = (rows if segments > 1 else 0) + (outer + rows if sequences else 0)
-        self._partials = None
-        if segments > 1:
-            self._partials = empties((rows, segments, settings.warps, 4), dtype, device)
-        programs = rows * segments
+        # zeros in words of 4 bytes: the sets of each row's segments, and the rows of each sequence that are done
+        self._wide = dtype == torch.float64
+        self._sets = rows * segments * settings.warps * dtype.itemsize if segments > 1 else 0
+        self._arrivals = outer if sequences else 0
+        # a row that is cut has a program for its end
+        programs = rows * (segments + (segments > 1))
+        # twice as many rows as are being read at a time: when a row ends, its segments are done
+        lag = ceil_div(2 * multiprocessors(device) * settings.resident, segments)
         if sequences:
             # resident programs walk a list whose length is known on the device alone
             programs = min(programs, multiprocessors(device) * settings.resident)
         self._kernel = Repeated(
             row_stats_kernel,
             programs,
-            (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0),
+            (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0, lag),
             (transform.factor, transform.squeeze or 0.0),
             _variant(
                 settings,
@@ -180,6 +182,10 @@ class Forward:
         sequences: Sequences | None = None,
     ) -> None:
         """Fill `out`, on the current device."""
+        count = self._sets + self._arrivals
+        sets = zeros = zeros_between_launches(count, self._device) if count else None
+        if sets is not None and self._wide:
+            sets = sets[: self._sets].view(torch.int64)
         self._kernel(
             logits,
             bias,
@@ -187,8 +193,8 @@ class Forward:
             mask,
             *out,
             *((None, None) if active is None else active),
-            zeros_between_launches(self._arrivals, self._device) if self._arrivals else None,
-            None if self._partials is None else self._partials(),
+            sets if self._sets else None,
+            zeros[self._sets :] if self._arrivals else None,
             *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
         )
 
@@ -212,10 +218,14 @@ def _variant(
     narrow = width * itemsize < 8
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
-    # what takes many instructions an element, and registers beyond a limit
+    # what takes many instructions an element, and registers beyond the table's limit
     heavy = has_bias or softcap or itemsize == 8
     pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
-    most = None if heavy else settings.registers
+    # left to itself, the assembler takes fewer for float64 than it needs, and spills
+    most = (128 if itemsize == 8 else None) if heavy else settings.registers
+    if most is not None and (sequences or not pairs):
+        # sums over sequences take a few, and what is not packed
+        most = max(most, 56)
     # what is not packed takes a register each, and more where much is done with it or each has a load of its own
     unpacked = (1 if width == 1 else 2) if heavy else 4
     unroll = settings.unroll if pairs else min(settings.unroll, unpacked)

@@ -61,8 +61,8 @@ FORWARD = {
         (2**40, True, Settings(8, 128, 32768, 1, 8, 64, True)),
         (16384, None, Settings(8, 128, 65536, 1, 8, 64)),
         (32768, None, Settings(4, 128, 65536, 2, 8, 64)),
-        (65536, None, Settings(2, 256, 65536, 3, 4, 64)),
-        (2**40, None, Settings(4, 128, 32768, 2, 8, 64)),
+        (65536, None, Settings(4, 256, 65536, 2, 3, 80)),
+        (2**40, None, Settings(4, 128, 16384, 1, 10, 48)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.

@@ -9,12 +9,13 @@ import re
 
 import pytest
 import torch
-from without_gpu import compiles, interpreted, run_interpreted, stack_bytes, starter
+from without_gpu import DEVICES, compiles, interpreted, run_interpreted, stack_bytes, starter
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from entropy_fast.kernels.device import log1p_below_half, one_minus_exp, tanh  # noqa: E402
+from entropy_fast.kernels.rows_kernel import unit_at  # noqa: E402
 
 
 @starter
@@ -319,6 +320,54 @@ def test_sequences(include_eos, stop_at_eos):
 
 
 @triton.jit
+def units_kernel(out_ptr, places, lag, SEGMENTS: tl.constexpr):
+    unit = tl.program_id(0)
+    place, part = unit_at(unit, places, lag, SEGMENTS)
+    tl.store(out_ptr + 2 * unit, place)
+    tl.store(out_ptr + 2 * unit + 1, part)
+
+
+@interpreted
+@pytest.mark.parametrize(("places", "lag", "segments"), [(1, 1, 2), (7, 7, 3), (20, 3, 2), (9, 1, 16), (12, 11, 5)])
+def test_a_row_ends_once_and_after_all_of_its_segments_have_begun(places, lag, segments):
+    units = torch.empty(places * (segments + 1), 2, dtype=torch.int32)
+    units_kernel[(len(units),)](units, places, lag, segments)
+    order = {tuple(unit): i for i, unit in enumerate(units.tolist())}
+    assert order.keys() == {(place, part) for place in range(places) for part in range(segments + 1)}
+    for place in range(places):
+        end = order[place, segments]
+        # nobody waits for who has not begun, and but for the last rows, whole rows lie between
+        assert all(order[place, part] < end for part in range(segments))
+        assert place >= places - lag or order[place + lag - 1, segments - 1] < end
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_programs_leave_for_each_other_is_zero_again_afterwards(device, dtype, monkeypatch):
+    """Rows of NaN too, whose bits are all ones: a word that is 0 would count as missing, and be waited for."""
+    from entropy_fast.kernels import rows
+
+    given = []
+
+    def zeros(count, device):
+        given.append(torch.zeros(count, dtype=torch.int32, device=device))
+        return given[-1]
+
+    monkeypatch.setattr(rows, "zeros_between_launches", zeros)
+    logits = (3 * torch.randn(1, 9, 700, dtype=torch.float64)).to(dtype)
+    logits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[0, 4] = -1
+    targets = torch.randint(700, (1, 9))
+    mask = torch.arange(9)[None] % 3 != 1
+    mask[0, 4] = True
+    got = rows.row_stats(*(t.to(device) for t in (logits, targets, mask)), None, _plain(), small())
+    assert_close([t.cpu() for t in got], reference(logits, targets, mask), 1e-12 if dtype == torch.float64 else 3e-6)
+    assert got[0][0, 4].isnan()
+    assert len(given) == 1
+    assert given[0].numel() >= 9 * 4
+    assert not given[0].any()
+
+
+@triton.jit
 def forms_kernel(x_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(x_ptr + i)
@@ -348,7 +397,7 @@ COMPILATIONS += [(target, "*bf16", False) for target in TARGETS if target[1] != 
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "sequences")
+SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "sequences", "lag")
 SCALARS = dict.fromkeys(
     (
         *SCALARS,
@@ -382,7 +431,7 @@ def _compile(kernel, logits_type, constants, target, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    real = {"logits_ptr": logits_type, "out_ptr": logits_type}
+    real = {"logits_ptr": logits_type, "out_ptr": logits_type, "sets_ptr": "*i64" if "64" in logits_type else "*i32"}
     names = kernel.arg_names
     signature = {
         n: "constexpr"
@@ -416,12 +465,12 @@ def _forward_variant(target, logits_type, vocab, everything, aligned):
     packed = target[1] // 10 if target[0] == "cuda" else 0
     variant = _variant(forward_settings(rows), arithmetic, itemsize, width, odd, *flags, torch.device("cuda"), packed)
     segments = variant.constants["SEGMENTS"]
-    absent = [] if segments > 1 else ["partials_ptr"]
-    absent += [] if segments > 1 or everything else ["arrivals_ptr"]
+    absent = [] if segments > 1 else ["sets_ptr"]
     if everything:
         absent += ["mask_ptr"]
     else:
-        absent += ["bias_ptr", "active_ptr", "counters_ptr", "pending_ptr", "eos_column_ptr", "sums_ptr"]
+        absent += ["bias_ptr", "active_ptr", "counters_ptr", "arrivals_ptr", "pending_ptr", "eos_column_ptr"]
+        absent += ["sums_ptr"]
     return variant, variant.constants | dict.fromkeys(absent)
 
 
