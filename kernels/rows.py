@@ -117,7 +117,23 @@ class Forward:
         dtype = arithmetic_dtype(logits.dtype)
         self._empty = empties(targets.shape, dtype, device)
         outer, inner, vocab = logits.shape
-        segments, _ = settings.segments(vocab, logits.element_size())
+        variant = _variant(
+            settings,
+            dtype,
+            logits.element_size(),
+            vector_width(logits),
+            vocab,
+            # rows a constant apart
+            not sequences and (outer == 1 or logits.stride(0) == inner * logits.stride(1)),
+            bias is not None,
+            transform.softcap is not None,
+            has_pairs(transform.factor),
+            sequences,
+            include_eos,
+            device,
+            packed_instructions(device),
+        )
+        segments = variant.constants["SEGMENTS"]
         # zeros in words of 4 bytes: the sets of each row's segments, and the rows of each sequence that are done
         self._wide = dtype == torch.float64
         self._sets = rows * segments * settings.warps * dtype.itemsize if segments > 1 else 0
@@ -134,22 +150,7 @@ class Forward:
             programs,
             (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0, lag),
             (transform.factor, transform.squeeze or 0.0),
-            _variant(
-                settings,
-                dtype,
-                logits.element_size(),
-                vector_width(logits),
-                vocab,
-                # rows a constant apart
-                not sequences and (outer == 1 or logits.stride(0) == inner * logits.stride(1)),
-                bias is not None,
-                transform.softcap is not None,
-                has_pairs(transform.factor),
-                sequences,
-                include_eos,
-                device,
-                packed_instructions(device),
-            ),
+            variant,
         )
 
     def __call__(
@@ -221,15 +222,18 @@ def _variant(
     # what takes many instructions an element, and registers beyond the table's limit
     heavy = has_bias or softcap or itemsize == 8
     pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
-    # left to itself, the assembler takes fewer for float64 than it needs, and spills
-    most = (128 if itemsize == 8 else None) if heavy else settings.registers
-    if most is not None and (sequences or not pairs):
+    most = None if heavy else settings.registers
+    if sequences and itemsize == 8:
+        # left to itself, the assembler takes fewer than it needs, and spills
+        most = 128
+    elif most is not None and (sequences or not pairs):
         # sums over sequences take a few, and what is not packed
         most = max(most, 56)
     # what is not packed takes a register each, and more where much is done with it or each has a load of its own
     unpacked = (1 if width == 1 else 2) if heavy else 4
     unroll = settings.unroll if pairs else min(settings.unroll, unpacked)
-    segments, length = settings.segments(vocab, itemsize)
+    # what takes long for each element is worth fewer, larger programs
+    segments, length = settings._replace(segment=settings.segment * (1 + heavy)).segments(vocab, itemsize)
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
