@@ -26,10 +26,11 @@ from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
 
 @triton.jit
 def unit_at(unit, places, lag, SEGMENTS: tl.constexpr):
-    """What a unit of work is: which of the rows, and which part of it to read, or with part SEGMENTS that it ends.
+    """What a unit of work is: which row, and which segment of it to read, or with part SEGMENTS that the row ends.
 
-    A row is read `lag` rows before another one ends, at most `places`: so its sets are there when it ends, and those it
-    waits for at the end of all are in units that started before.
+    First `lag` rows are read, at most all. Then, with every row that is read, the one `lag` rows before it ends, whose
+    sets are there by now; and at last those rows end that are left. Units are begun in order: whoever waits for a row's
+    sets does so for units that others have begun.
     """
     STEP: tl.constexpr = SEGMENTS + 1
     later = unit - lag * SEGMENTS
