@@ -184,7 +184,8 @@ class Forward:
     ) -> None:
         """Fill `out`, on the current device."""
         count = self._sets + self._arrivals
-        sets = zeros = zeros_between_launches(count, self._device) if count else None
+        zeros = zeros_between_launches(count, self._device) if count else None
+        sets = zeros if self._sets else None
         if sets is not None and self._wide:
             sets = sets[: self._sets].view(torch.int64)
         self._kernel(
@@ -194,7 +195,7 @@ class Forward:
             mask,
             *out,
             *((None, None) if active is None else active),
-            sets if self._sets else None,
+            sets,
             zeros[self._sets :] if self._arrivals else None,
             *((None,) * 3 if sequences is None else (sequences.pending, sequences.eos_column, sequences.sums)),
         )
@@ -232,8 +233,10 @@ def _variant(
     # what is not packed takes a register each, and more where much is done with it or each has a load of its own
     unpacked = (1 if width == 1 else 2) if heavy else 4
     unroll = settings.unroll if pairs else min(settings.unroll, unpacked)
-    # what takes long for each element is worth fewer, larger programs
-    segments, length = settings._replace(segment=settings.segment * (1 + heavy)).segments(vocab, itemsize)
+    if heavy:
+        # what takes long for each element is worth fewer, larger programs
+        settings = settings._replace(segment=2 * settings.segment)
+    segments, length = settings.segments(vocab, itemsize)
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],

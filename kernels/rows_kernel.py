@@ -56,112 +56,6 @@ def start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT: tl.conste
     return outer, row_ptr
 
 
-@triton.jit
-def read_part(
-    sets_ptr,
-    row_ptr,
-    bias_ptr,
-    part,
-    alpha,
-    least,
-    squeeze,
-    ACC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PACKED: tl.constexpr,
-    WRITTEN_OUT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """Read a segment of a row and leave its sets."""
-    m, n, r, e, _ = read_segment(
-        row_ptr,
-        bias_ptr,
-        None,
-        part,
-        alpha,
-        least,
-        squeeze,
-        ACC,
-        SOFTCAP,
-        PAIRS,
-        PACKED,
-        WRITTEN_OUT,
-        VOCAB,
-        SEGMENTS,
-        LENGTH,
-        UNROLL,
-        LANES,
-        WIDTH,
-        DEPTH,
-        WORDS,
-    )
-    leave_sets(m, n, r, e, sets_ptr, part, alpha, least, PACKED > 0)
-
-
-@triton.jit
-def end_row(
-    sets_ptr,
-    row_ptr,
-    bias_ptr,
-    target,
-    alpha,
-    least,
-    squeeze,
-    ACC: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PACKED: tl.constexpr,
-    WRITTEN_OUT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """The set of a row, read here if it is one segment, and w of its target."""
-    if SEGMENTS == 1:
-        m, n, r, e, w_target = read_segment(
-            row_ptr,
-            bias_ptr,
-            target,
-            0,
-            alpha,
-            least,
-            squeeze,
-            ACC,
-            SOFTCAP,
-            PAIRS,
-            PACKED,
-            WRITTEN_OUT,
-            VOCAB,
-            SEGMENTS,
-            LENGTH,
-            UNROLL,
-            LANES,
-            WIDTH,
-            DEPTH,
-            WORDS,
-        )
-        m, n, r, e = merge(m, n, r, e, alpha, least, 0)
-    else:
-        w_target = target_entry(row_ptr, target, VOCAB)
-        m, n, r, e = take_sets(sets_ptr, alpha, least, ACC, SEGMENTS * (LANES // 32), PACKED > 0)
-    w_target = w_target.to(ACC)
-    if bias_ptr is not None:
-        w_target += target_entry(bias_ptr, target, VOCAB).to(ACC)
-    return m, n, r, e, softcapped(w_target, squeeze, SOFTCAP)
-
-
 @triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag"])
 def row_stats_kernel(
     logits_ptr,
@@ -220,7 +114,6 @@ def row_stats_kernel(
         # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
         stride_outer = stride_outer // WIDTH * WIDTH
         stride_inner = stride_inner // WIDTH * WIDTH
-    row_sets_ptr = None
     places = rows
     unit = tl.program_id(0)
     if active_ptr is not None:
@@ -241,37 +134,15 @@ def row_stats_kernel(
             write_zeros(row, (is_active == 0) & (part == END), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
         if is_active:
             outer, row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
-            if SEGMENTS > 1:
-                row_sets_ptr = sets_ptr + row.to(tl.int64) * ROW_WORDS
-                if part < SEGMENTS:
-                    read_part(
-                        row_sets_ptr,
-                        row_ptr,
-                        bias_ptr,
-                        part,
-                        alpha,
-                        least,
-                        squeeze,
-                        ACC,
-                        SOFTCAP,
-                        PAIRS,
-                        PACKED,
-                        WRITTEN_OUT,
-                        VOCAB,
-                        SEGMENTS,
-                        LENGTH,
-                        UNROLL,
-                        LANES,
-                        WIDTH,
-                        DEPTH,
-                        WORDS,
-                    )
-            if part == END:
-                m, n, r, e, w_target = end_row(
-                    row_sets_ptr,
+            row_sets_ptr = None if SEGMENTS == 1 else sets_ptr + row.to(tl.int64) * ROW_WORDS
+            # a row of one segment ends where it is read, and the target's logit comes along
+            early_target = tl.load(targets_ptr + row) if SEGMENTS == 1 else None
+            if SEGMENTS == 1 or part < SEGMENTS:
+                m, n, r, e, logit = read_segment(
                     row_ptr,
                     bias_ptr,
-                    tl.load(targets_ptr + row),
+                    early_target,
+                    part,
                     alpha,
                     least,
                     squeeze,
@@ -289,6 +160,19 @@ def row_stats_kernel(
                     DEPTH,
                     WORDS,
                 )
+                if SEGMENTS == 1:
+                    m, n, r, e = merge(m, n, r, e, alpha, least, 0)
+                else:
+                    leave_sets(m, n, r, e, row_sets_ptr, part, alpha, least, PACKED > 0)
+            if part == END:
+                target = tl.load(targets_ptr + row) if SEGMENTS > 1 else early_target
+                if SEGMENTS > 1:
+                    logit = target_entry(row_ptr, target, VOCAB)
+                    m, n, r, e = take_sets(row_sets_ptr, alpha, least, ACC, SEGMENTS * (LANES // 32), PACKED > 0)
+                w_target = logit.to(ACC)
+                if bias_ptr is not None:
+                    w_target += target_entry(bias_ptr, target, VOCAB).to(ACC)
+                w_target = softcapped(w_target, squeeze, SOFTCAP)
                 if CLAMPED:
                     r, e = peak_alone(m, r, e)
                 log_sum, mean = moments(m, n, r, e, alpha, least)

@@ -8,7 +8,7 @@ A set of numbers w is held as (m, n, r, e), for logits z = k · w and α = k · 
 is made up for at the end (`moments`). Counting what reaches m apart keeps the digits of the rows that matter most: when
 one token has nearly all the mass, logprob and entropy are made of r, far below the resolution of 1 + r.
 
-No product feeds a sum but by an explicit fma, and the compiler fuses none by itself (`rows.variant`): ρ is rounded for
+No product feeds a sum but by an explicit fma, and the compiler fuses none by itself (`rows._variant`): ρ is rounded for
 good, and bits depend on no compiler's choice.
 """
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from entropy_fast.kernels.launch import ceil_div
+
 # segments begin at multiples of so many elements: at cache lines, where rows do
 ALIGNED = 64
 
@@ -39,11 +41,11 @@ class Settings(NamedTuple):
 
     def segments(self, vocab: int, itemsize: int) -> tuple[int, int]:
         """How many segments a row is cut into, and elements of each but the last: never by the number of rows."""
-        pieces = -(-vocab * itemsize // self.segment)
+        pieces = ceil_div(vocab * itemsize, self.segment)
         if pieces == 1:
             return 1, vocab
-        length = -(-vocab // (pieces * ALIGNED)) * ALIGNED
-        return -(-vocab // length), length
+        length = ceil_div(vocab, pieces * ALIGNED) * ALIGNED
+        return ceil_div(vocab, length), length
 
 
 class BackwardSettings(NamedTuple):
