@@ -130,21 +130,39 @@ def empties(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> C
     return partial(torch._C._dynamo.guards._empty_strided_cuda, tuple(shape), strides, dtype)
 
 
-# zeros are kept up to so many, 16 MB
-KEPT = 1 << 22
+# zeros are kept up to so many, 16 MB, and beside them 4 MB on each device for graphs
+KEPT, FOR_GRAPHS = 1 << 22, 1 << 20
 _zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+# of the zeros for graphs, those that no graph has yet
+_for_graphs: dict[torch.device, torch.Tensor] = {}
 
 
 def zeros_between_launches(count: int, device: torch.device) -> torch.Tensor:
     """At least `count` zeros in int32, for a kernel on the current stream that leaves them zero when it ends.
 
-    One tensor for each stream, whose kernels run one after the other. What is captured into a graph, which may be
-    replayed on any stream, gets zeros of its own, and so do calls that want very many.
+    One tensor for each stream, whose kernels run one after the other. A launch that is captured into a graph, which may
+    be replayed on any stream, gets zeros that are its own for good. Where there are none left, or where a call wants
+    very many, they are written for that call, which takes a launch more.
     """
-    if device.type != "cuda" or count > KEPT or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or count > KEPT:
         return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _zeros_for_a_graph(count, device)
     key = device, driver.active.get_current_stream(device.index)
     zeros = _zeros.get(key)
     if zeros is None or len(zeros) < count:
         zeros = _zeros[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+        if device not in _for_graphs:
+            # made here because memory that is taken during a capture is the graph's, and done before any replay
+            _for_graphs[device] = torch.zeros(FOR_GRAPHS, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()
     return zeros
+
+
+def _zeros_for_a_graph(count: int, device: torch.device) -> torch.Tensor:
+    left = _for_graphs.get(device)
+    if left is None or len(left) < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    # whole cache lines, so that what is left starts at one
+    _for_graphs[device] = left[ceil_div(count, 32) * 32 :]
+    return left[:count]

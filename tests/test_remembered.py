@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import entropy_fast as ef
 from entropy_fast.errors import InputError
 from entropy_fast.functional import operators, remembered
+from entropy_fast.kernels import launch as launching
 
 
 @starter
@@ -265,8 +266,6 @@ class Compiled:
 
 
 def test_launching_again(monkeypatch):
-    from entropy_fast.kernels import launch as launching
-
     compiled = Compiled()
     first = []
     kernel = {(6,): lambda *arguments, **options: (first.append(arguments), compiled)[1]}
@@ -361,13 +360,33 @@ def test_streams_and_devices():
 
 
 @pytest.mark.gpu
-def test_a_graph_captures_remembered_launches():
-    logits, targets = problem(3, 40, device="cuda")
-    ef.token_stats(logits, targets)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = ef.token_stats(logits, targets)
-    logits.mul_(0.5)
-    graph.replay()
-    assert torch.equal(out.logprob, ef.token_stats(logits, targets).logprob)
+@pytest.mark.parametrize("for_graphs", [launching.FOR_GRAPHS, 0])
+def test_graphs_capture_remembered_launches(for_graphs, monkeypatch):
+    """Of rows that are cut too, whose zeros are the graph's own: launches of two graphs may run at the same time."""
+    monkeypatch.setattr(launching, "FOR_GRAPHS", for_graphs)
+    monkeypatch.setattr(launching, "_zeros", {})
+    monkeypatch.setattr(launching, "_for_graphs", {})
+    for vocab in (40, 128256):
+        logits, targets = problem(3, vocab, device="cuda")
+        first = ef.token_stats(logits, targets)
+        torch.cuda.synchronize()
+        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        outs = []
+        for graph in graphs:
+            with torch.cuda.graph(graph):
+                outs += [ef.token_stats(logits, targets), ef.token_stats(logits, targets)]
+        logits.mul_(0.5)
+        expected = ef.token_stats(logits, targets)
+        assert not torch.equal(expected.logprob, first.logprob)
+        streams = [torch.cuda.Stream() for _ in graphs]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for out in outs:
+            assert torch.equal(out.logprob, expected.logprob)
+            assert torch.equal(out.entropy, expected.entropy)
+    left = [len(zeros) for zeros in launching._for_graphs.values()]
+    assert left == [0] if for_graphs == 0 else left[0] < for_graphs
