@@ -28,43 +28,50 @@ def store_words(pointer, words, mask, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def load_four(pointer):
-    """Four words from each pointer on, as they are now."""
-    a = tl.load(pointer, volatile=True)
-    b = tl.load(pointer + 1, volatile=True)
-    c = tl.load(pointer + 2, volatile=True)
-    d = tl.load(pointer + 3, volatile=True)
+def load_four(pointer, wanted):
+    """Four words from each pointer on, as they are now; 0 where they are not wanted."""
+    a = tl.load(pointer, mask=wanted, other=0, volatile=True)
+    b = tl.load(pointer + 1, mask=wanted, other=0, volatile=True)
+    c = tl.load(pointer + 2, mask=wanted, other=0, volatile=True)
+    d = tl.load(pointer + 3, mask=wanted, other=0, volatile=True)
     return a, b, c, d
 
 
 @triton.jit
-def await_four(pointer, NVIDIA: tl.constexpr):
-    """Four words from each pointer on, once they are there."""
+def await_four(pointer, wanted, NVIDIA: tl.constexpr):
+    """Four words from each pointer on, once they are there; anything where they are not wanted."""
     if NVIDIA and pointer.dtype.element_ty == tl.int32:
         # each thread waits for its own, with nothing but loads
         a, b, c, d = tl.inline_asm_elementwise(
             """
             {
-            .reg .pred there;
+            .reg .pred wanted, missing;
+            mov.b32 $0, 0;
+            mov.b32 $1, 0;
+            mov.b32 $2, 0;
+            mov.b32 $3, 0;
+            setp.ne.b32 wanted, $5, 0;
+            @!wanted bra done;
             again:
             ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];
-            setp.ne.b32 there, $0, 0;
-            setp.ne.and.b32 there, $1, 0, there;
-            setp.ne.and.b32 there, $2, 0, there;
-            setp.ne.and.b32 there, $3, 0, there;
-            @!there bra again;
+            setp.eq.b32 missing, $0, 0;
+            setp.eq.or.b32 missing, $1, 0, missing;
+            setp.eq.or.b32 missing, $2, 0, missing;
+            setp.eq.or.b32 missing, $3, 0, missing;
+            @missing bra again;
+            done:
             }
             """,
-            "=&r,=&r,=&r,=&r,l",
-            [pointer],
+            "=&r,=&r,=&r,=&r,l,r",
+            [pointer, wanted.to(tl.int32)],
             (tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
     else:
-        a, b, c, d = load_four(pointer)
-        while tl.max(((a == 0) | (b == 0) | (c == 0) | (d == 0)).to(tl.int32), 0) > 0:
-            a, b, c, d = load_four(pointer)
+        a, b, c, d = load_four(pointer, wanted)
+        while tl.max((wanted & ((a == 0) | (b == 0) | (c == 0) | (d == 0))).to(tl.int32), 0) > 0:
+            a, b, c, d = load_four(pointer, wanted)
     return a, b, c, d
 
 
@@ -86,16 +93,19 @@ def leave_sets(m, n, r, e, sets_ptr, part, alpha, least, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def take_sets(sets_ptr, alpha, least, ACC: tl.constexpr, SETS: tl.constexpr, NVIDIA: tl.constexpr):
-    """The union of a row's SETS sets, once they are there."""
-    PLACES: tl.constexpr = triton.next_power_of_2(SETS)
+def take_sets(sets_ptr, alpha, least, ACC: tl.constexpr, SETS: tl.constexpr, LANES: tl.constexpr, NVIDIA: tl.constexpr):
+    """The union of a row's SETS sets, once they are there.
+
+    A place for each of LANES at least, so that none is waited for by many threads.
+    """
+    PLACES: tl.constexpr = max(triton.next_power_of_2(SETS), LANES)
     place = tl.arange(0, PLACES)
-    there = place < SETS
-    m, n, r, e = await_four(sets_ptr + tl.minimum(place, SETS - 1) * 4, NVIDIA)
-    m = tl.where(there, (~m).to(ACC, bitcast=True), FLOOR)
-    n = tl.where(there, (~n).to(ACC, bitcast=True), 0.0)
-    r = tl.where(there, (~r).to(ACC, bitcast=True), 0.0)
-    e = tl.where(there, (~e).to(ACC, bitcast=True), 0.0)
+    wanted = place < SETS
+    m, n, r, e = await_four(sets_ptr + place * 4, wanted, NVIDIA)
+    m = tl.where(wanted, (~m).to(ACC, bitcast=True), FLOOR)
+    n = tl.where(wanted, (~n).to(ACC, bitcast=True), 0.0)
+    r = tl.where(wanted, (~r).to(ACC, bitcast=True), 0.0)
+    e = tl.where(wanted, (~e).to(ACC, bitcast=True), 0.0)
     m, n, r, e = merge(m, n, r, e, alpha, least, 0)
     # other warps may wait for the same words still
     tl.debug_barrier()

@@ -168,7 +168,8 @@ def row_stats_kernel(
                 target = tl.load(targets_ptr + row) if SEGMENTS > 1 else early_target
                 if SEGMENTS > 1:
                     logit = target_entry(row_ptr, target, VOCAB)
-                    m, n, r, e = take_sets(row_sets_ptr, alpha, least, ACC, SEGMENTS * (LANES // 32), PACKED > 0)
+                    SETS: tl.constexpr = SEGMENTS * (LANES // 32)
+                    m, n, r, e = take_sets(row_sets_ptr, alpha, least, ACC, SETS, LANES, PACKED > 0)
                 w_target = logit.to(ACC)
                 if bias_ptr is not None:
                     w_target += target_entry(bias_ptr, target, VOCAB).to(ACC)
