@@ -37,11 +37,11 @@ VOCABULARIES = (1024, 50257, 8192, 16384, 32000, 128256)
 def candidates(vocab: int, narrow: bool) -> list[Settings]:
     """Shapes worth trying: 32 to 512 threads, and as many loads on their way as registers have room for."""
     found = []
-    for unroll, lanes, depth, registers in product((2, 4, 8), (32, 128, 256, 512), (1, 2, 3), (48, 64, 80)):
-        # four registers to each load that is on its way ahead of the block that is added
-        if 4 * unroll * depth > registers - 28 or unroll * lanes * 8 > max(vocab, 512):
+    for unroll, lanes, depth, registers in product((2, 4, 8), (32, 128, 256), (0, 1, 2, 3), (48, 64, 80, 96)):
+        # four registers to each load that is on its way
+        if 4 * unroll * (depth + 1) > registers - 16 or unroll * lanes * 8 > max(vocab, 512):
             continue
-        for segment in (16384, 32768, 65536):
+        for segment in (16384, 24576, 32768, 65536):
             # rows that are no longer are whole either way; a lane's loads are written out, which takes time to compile
             whole = segment >= 2 * vocab
             if (not whole or segment == 65536) and min(segment, 2 * vocab) <= 24 * 16 * lanes:

@@ -229,10 +229,12 @@ def _variant(
         most = 128
     elif most is not None and (sequences or not pairs):
         # sums over sequences take a few, and what is not packed
-        most = max(most, 56)
+        most = max(most, 72 if sequences and words else 56)
     # what is not packed takes a register each, and more where much is done with it or each has a load of its own
     unpacked = (1 if width == 1 else 2) if heavy else 4
     unroll = settings.unroll if pairs else min(settings.unroll, unpacked)
+    # as many loads on their way
+    depth = settings.unroll * (settings.depth + 1) // unroll - 1
     if heavy:
         # what takes long for each element is worth fewer, larger programs
         settings = settings._replace(segment=2 * settings.segment)
@@ -253,7 +255,7 @@ def _variant(
             "UNROLL": unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
             "WIDTH": width,
-            "DEPTH": settings.depth,
+            "DEPTH": depth,
             "WORDS": words,
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },

@@ -19,7 +19,7 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.plan import finish_sequence, write_zeros
 from entropy_fast.kernels.rows_exchange import leave_sets, take_sets
-from entropy_fast.kernels.rows_pairs import FAR, peak_alone
+from entropy_fast.kernels.rows_pairs import FAR, NEAR, peaks_alone
 from entropy_fast.kernels.rows_segments import read_segment, softcapped, target_entry
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
 
@@ -103,13 +103,12 @@ def row_stats_kernel(
 
     With a list, whoever is free takes the next unit; with a mask, programs whose row is masked end at once.
     """
-    CLAMPED: tl.constexpr = PAIRS and logits_ptr.dtype.element_ty == tl.bfloat16
     ROW_WORDS: tl.constexpr = 4 * SEGMENTS * (LANES // 32)
     END: tl.constexpr = SEGMENTS if SEGMENTS > 1 else 0
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
-    least = FAR * alpha if CLAMPED else FLOOR
+    least = tl.full([], FAR if PAIRS else FLOOR, ACC)
     if not WORDS:
         # multiples of WIDTH already; said in a way that the compiler understands, so that it emits wide loads
         stride_outer = stride_outer // WIDTH * WIDTH
@@ -174,8 +173,8 @@ def row_stats_kernel(
                 if bias_ptr is not None:
                     w_target += target_entry(bias_ptr, target, VOCAB).to(ACC)
                 w_target = softcapped(w_target, squeeze, SOFTCAP)
-                if CLAMPED:
-                    r, e = peak_alone(m, r, e)
+                if PAIRS and tl.abs(m * alpha) > NEAR:
+                    n, r, e = peaks_alone(row_ptr, m, VOCAB, LANES)
                 log_sum, mean = moments(m, n, r, e, alpha, least)
                 # a target that is no token: its logit is NaN
                 log_sum = tl.where(w_target == w_target, log_sum, float("nan"))

@@ -38,7 +38,9 @@ def load_words(words_ptr, phase, left, BLOCK: tl.constexpr):
     the fourth, so where the row starts on 4 bytes it is the same one, and no word is read that holds nothing of the
     row; words of memory begin and end where allocations do.
     """
-    word = tl.arange(0, BLOCK // 8) * 4
+    # With a second dimension: the compiler gives one layout to all vectors of a length that it loads or stores, which
+    # is not this one where others are contiguous, and exchanges what is loaded by it through shared memory.
+    word = tl.arange(0, BLOCK // 8)[None, :] * 4
     a = load_word(words_ptr, word, 0, phase, left)
     b = load_word(words_ptr, word, 1, phase, left)
     c = load_word(words_ptr, word, 2, phase, left)

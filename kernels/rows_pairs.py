@@ -1,7 +1,9 @@
 """16-bit logits in words of two: fewer instructions and registers an element than one by one.
 
-A word is unpacked where its elements are added. Until then the two take one register, and what concerns a block's
-largest is found in words, two elements an instruction (three words, for the maximum).
+A word is unpacked where its elements are added. Until then the two take one register, and are compared in words, two
+elements an instruction. A block's words meet in a tournament: who loses is never the largest of the lane, and is added
+to r and e; who wins all goes on to the next block. So without counting or looking for it, the peak is left out of r,
+once, as `rows_sums` wants it. Others that are equal to it are in r, where each is 1 and no digit is lost.
 
 PACKED is the major compute capability whose instructions for that there are; 0 where there are none, as with AMD's GPUs
 and in the interpreter.
@@ -11,19 +13,26 @@ import triton
 import triton.language as tl
 
 from entropy_fast.kernels.device import LOWEST
-from entropy_fast.kernels.rows_sums import FLOOR, add3, left_at, moved, reference_of
+from entropy_fast.kernels.rows_sums import FLOOR, left_at, reference_of
 
-# bfloat16 logits count as −2⁶⁴ at least, so that none is −inf, whose product with 0 would need a guard. That changes
-# nothing as long as 2⁶⁴ α is finite and 2⁵⁷ α a lot (`has_pairs`): beside anything more, such a logit has no mass, and
-# where a peak is that far from 0, neither has the bfloat16 number next to it (`peak_alone`).
-FAR = tl.constexpr(-18446744073709551616.0)
-FAR_PAIR = tl.constexpr(0xDF80DF80 - (1 << 32))
-LOWEST_FLOAT16 = tl.constexpr(-65504.0)
+# bfloat16 logits so small that α w is below FAR count as about FAR, so that none is −inf, whose product with 0 would
+# need a guard. Beside a peak with |α m| up to NEAR they have no mass. Where a row's peak is farther from 0 than that,
+# no other number has any, but for its equals, which ρ is too coarse for: they are counted (`peaks_alone`).
+FAR = tl.constexpr(-4194304.0)
+NEAR = tl.constexpr(1048576.0)
 
 
 def has_pairs(factor: float) -> bool:
     """Whether logits in words of two serve for z = factor · w; else the factor is out of all proportion."""
     return 2.0**-40 <= factor <= 2.0**60
+
+
+@triton.jit
+def far_pair(alpha):
+    """A word of two bfloat16 numbers x, a power of two, with FAR ≥ α x > 2 FAR."""
+    exponent = alpha.to(tl.int32, bitcast=True) >> 23
+    half = (127 + 22 + 127 - exponent) << 7
+    return half | (half << 16) | -0x7FFF8000
 
 
 @triton.jit
@@ -52,49 +61,42 @@ def pair(first, second, element: tl.constexpr):
 
 @triton.jit
 def larger(a, b, element: tl.constexpr, PACKED: tl.constexpr):
-    """The larger element in each half; of a number and NaN the number."""
+    """The larger element in each half; NaN where one is NaN."""
     if PACKED >= 8:
-        name: tl.constexpr = "max.bf16x2" if element == tl.bfloat16 else "max.f16x2"
+        name: tl.constexpr = "max.NaN.bf16x2" if element == tl.bfloat16 else "max.NaN.f16x2"
         words = tl.inline_asm_elementwise(name + " $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     else:
         first, second = halves(a, element)
         first2, second2 = halves(b, element)
-        words = pair(tl.maximum(first, first2), tl.maximum(second, second2), element)
+        words = pair(larger_or_nan(first, first2), larger_or_nan(second, second2), element)
     return words
 
 
 @triton.jit
-def no_less_than_far(words, PACKED: tl.constexpr):
-    """bfloat16 elements, or FAR where that is more; NaN stays."""
+def larger_or_nan(a, b):
+    """The larger number; NaN where one is NaN."""
+    return tl.where((a == a) & (b == b), tl.maximum(a, b), a + b)
+
+
+@triton.jit
+def smaller(a, b, far, element: tl.constexpr, PACKED: tl.constexpr):
+    """The smaller element in each half, of a number and NaN the number; of bfloat16 `far` at least."""
     if PACKED >= 8:
-        far = tl.full(words.shape, FAR_PAIR, tl.int32)
-        words = tl.inline_asm_elementwise(
-            "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [words, far], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        first, second = halves(words, tl.bfloat16)
-        words = pair(tl.where(first < FAR, FAR, first), tl.where(second < FAR, FAR, second), tl.bfloat16)
-    return words
-
-
-@triton.jit
-def equal(a, b, element: tl.constexpr, PACKED: tl.constexpr):
-    """All bits of the halves in which two words are equal; NaN equals nothing."""
-    if PACKED >= 9 or (PACKED >= 8 and element == tl.float16):
-        name: tl.constexpr = "set.eq.u32.bf16x2" if element == tl.bfloat16 else "set.eq.u32.f16x2"
-        found = tl.inline_asm_elementwise(name + " $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+        if element == tl.bfloat16:
+            code: tl.constexpr = "{ .reg .b32 x; min.bf16x2 x, $1, $2; max.bf16x2 $0, x, $3; }"
+        else:
+            code: tl.constexpr = "min.f16x2 $0, $1, $2;"
+        operands = [a, b, tl.broadcast_to(far, a.shape)]
+        words = tl.inline_asm_elementwise(code, "=r,r,r,r", operands, tl.int32, is_pure=True, pack=1)
     else:
         first, second = halves(a, element)
         first2, second2 = halves(b, element)
-        found = tl.where(first == first2, 0xFFFF, 0) | tl.where(second == second2, -0x10000, 0)
-    return found
-
-
-@triton.jit
-def peak_alone(m, r, e):
-    """r and e of sets of bfloat16 numbers: where the peak is far from 0, the next number has no mass beside it."""
-    far = tl.abs(m) > -FAR
-    return tl.where(far & (r == r), 0.0, r), tl.where(far, 0.0, e)
+        first, second = tl.minimum(first, first2), tl.minimum(second, second2)
+        if element == tl.bfloat16:
+            least, _ = halves(far, element)
+            first, second = tl.maximum(first, least), tl.maximum(second, least)
+        words = pair(first, second, element)
+    return words
 
 
 @triton.jit
@@ -108,10 +110,10 @@ def keep_first(words, left, element: tl.constexpr):
 
 
 @triton.jit
-def chunks(words, LANES: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
-    """Words [LANES, N] as a tuple of N / SIZE tensors [LANES, SIZE], in some order."""
-    parts = (words,)
-    for _ in tl.static_range(N // SIZE - 1):
+def words_of(block, LANES: tl.constexpr, N: tl.constexpr):
+    """The N words of each lane of a block [UNROLL, LANES, WIDTH], as a tuple of vectors [LANES, 1], in some order."""
+    parts = (tl.reshape(tl.permute(block, [1, 0, 2]), [LANES, N]),)
+    for _ in tl.static_range(N - 1):
         first = parts[0]
         even, odd = tl.split(tl.reshape(first, [LANES, first.shape[1] // 2, 2]))
         parts = parts[1:] + (even, odd)  # noqa: RUF005 (no unpacking in a kernel)
@@ -119,8 +121,20 @@ def chunks(words, LANES: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def tournament(words, far, N: tl.constexpr, element: tl.constexpr, PACKED: tl.constexpr):
+    """Of N vectors of words the largest elements in each half, and the other N − 1, in some order."""
+    losers = ()
+    for _ in tl.static_range(N - 1):
+        a = words[0]
+        b = words[1]
+        losers = losers + (smaller(a, b, far, element, PACKED),)  # noqa: RUF005
+        words = words[2:] + (larger(a, b, element, PACKED),)  # noqa: RUF005
+    return words[0], losers
+
+
+@triton.jit
 def add(x, offset, r, e, alpha, CLAMPED: tl.constexpr):
-    """One element more in every place, which does not reach the peak; the offset is −ρ."""
+    """One element more in every place, which is not the peak; −inf too, if not CLAMPED. The offset is −ρ."""
     t = tl.fma(x, alpha, offset)
     p = tl.exp2(t)
     if not CLAMPED:
@@ -130,58 +144,67 @@ def add(x, offset, r, e, alpha, CLAMPED: tl.constexpr):
 
 @triton.jit
 def absorb_pairs(
-    words,
-    m,
-    n,
+    block,
+    peaks,
+    reference,
     r,
     e,
     alpha,
-    least,
+    far,
     element: tl.constexpr,
     PACKED: tl.constexpr,
     FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
 ):
-    """`rows_sums.absorb` for words [UNROLL, LANES, WIDTH].
+    """Add a block of words [UNROLL, LANES, WIDTH] to what LANES lanes hold [LANES, 1]; that is nothing at FIRST.
 
-    SIZE words of a lane are added at once: with 1 the code is the fastest, with 4 it is compiled in less than half the
-    time, which grows with the square of the operations.
+    A lane holds its peaks, one of each half, the larger one's ρ, and r and e of all else.
     """
-    LANES: tl.constexpr = words.shape[1]
-    N: tl.constexpr = words.shape[0] * words.shape[2]
-    CLAMPED: tl.constexpr = element == tl.bfloat16
-    # what takes the place of those that reach the peak: its power of two is 0
-    NONE: tl.constexpr = FAR_PAIR if CLAMPED else 0xFC00FC00 - (1 << 32)
-    parts = chunks(tl.reshape(tl.permute(words, [1, 0, 2]), [LANES, N]), LANES, N, SIZE)
-    largest = parts[0]
-    for i in tl.static_range(1, N // SIZE):
-        largest = larger(largest, parts[i], element, PACKED)
-    first, second = halves(largest, element)
-    top = tl.maximum(tl.max(tl.maximum(first, second), 1), FLOOR)
+    LANES: tl.constexpr = block.shape[1]
+    N: tl.constexpr = block.shape[0] * block.shape[2]
+    OTHERS: tl.constexpr = N - FIRST
+    words = words_of(block, LANES, N)
     if not FIRST:
-        top = tl.maximum(top, m)
-    reference = reference_of(top, alpha, least)
-    offset = -reference[:, None]
-    finite = tl.maximum(top, LOWEST_FLOAT16) if element == tl.float16 else top
-    tops = tl.broadcast_to(pair(finite, finite, element)[:, None], parts[0].shape)
-    reached = tl.zeros_like(tops)
-    r_block = tl.zeros_like(first)
+        words = words + (peaks,)  # noqa: RUF005
+    peaks, others = tournament(words, far, OTHERS + 1, element, PACKED)
+    first, second = halves(peaks, element)
+    before = reference
+    reference = reference_of(tl.maximum(tl.maximum(first, second), FLOOR), alpha, FAR)
+    r_block = tl.zeros(peaks.shape, tl.float32)
     e_block = r_block
-    for i in tl.static_range(N // SIZE):
-        word = parts[i]
-        reaches = equal(word, tops, element, PACKED)
-        reached -= reaches
-        if CLAMPED:
-            word = no_less_than_far(word, PACKED)
-        # NONE where it reaches the peak, in as few operations as the compiler's passes may go through
-        first, second = halves(word ^ ((word ^ NONE) & reaches), element)
-        r_block, e_block = add(first, offset, r_block, e_block, alpha, CLAMPED)
-        r_block, e_block = add(second, offset, r_block, e_block, alpha, CLAMPED)
-    reached, r_block, e_block = tl.reduce((reached, r_block, e_block), 1, add3)
-    # each half counts its own, but for what the lower one borrows from the upper one: 1 for each of its own
-    n_block = ((reached >> 16) + 2 * (reached & 0xFFFF)).to(tl.float32)
-    if FIRST:
-        return top, n_block, r_block, e_block
-    else:
-        n, r, e = moved(m, n, r, e, top, reference, alpha, least)
-        return top, n + n_block, r + r_block, e + e_block
+    for i in tl.static_range(OTHERS):
+        first, second = halves(others[i], element)
+        r_block, e_block = add(first, -reference, r_block, e_block, alpha, element == tl.bfloat16)
+        r_block, e_block = add(second, -reference, r_block, e_block, alpha, element == tl.bfloat16)
+    if not FIRST:
+        shift = tl.maximum(before - reference, LOWEST)
+        c = tl.exp2(shift)
+        r_block, e_block = tl.fma(r, c, r_block), tl.fma(c, tl.fma(shift, r, e), e_block)
+    return peaks, reference, r_block, e_block
+
+
+@triton.jit
+def sets_of(peaks, reference, r, e, alpha, element: tl.constexpr):
+    """What lanes hold, as sets (m, n, r, e) [LANES] of `rows_sums`, but that only one element counts for n."""
+    first, second = halves(peaks, element)
+    m = tl.maximum(tl.maximum(first, second), FLOOR)
+    other = -larger_or_nan(-first, -second)
+    r, e = add(other, -reference, r, e, alpha, False)
+    n = tl.where(m > FLOOR, 1.0, 0.0)
+    SHAPE: tl.constexpr = [peaks.shape[0]]
+    return tl.reshape(m, SHAPE), tl.reshape(n, SHAPE), tl.reshape(r, SHAPE), tl.reshape(e, SHAPE)
+
+
+@triton.jit
+def peaks_alone(row_ptr, m, VOCAB: tl.constexpr, LANES: tl.constexpr):
+    """n, r and e of a row whose peak m is beyond NEAR: how many elements reach it, and 0; or NaN where one is NaN."""
+    lane = tl.arange(0, LANES)
+    n = tl.zeros([LANES], tl.float32)
+    # 0, which the compiler does not know: it would write the loop out, in as much code as all the rest is
+    start = tl.program_id(1)
+    while start < VOCAB:
+        w = tl.load(row_ptr + start + lane, mask=start + lane < VOCAB, other=-float("inf")).to(tl.float32)
+        n += tl.where(w == m, 1.0, tl.where(w == w, 0.0, w))
+        start += LANES
+    n = tl.sum(n, 0)
+    rest = 0.0 * n
+    return n, rest, rest

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from entropy_fast.kernels.device import tanh
 from entropy_fast.kernels.rows_loads import load_block
-from entropy_fast.kernels.rows_pairs import absorb_pairs, keep_first
+from entropy_fast.kernels.rows_pairs import absorb_pairs, far_pair, keep_first, sets_of
 from entropy_fast.kernels.rows_sums import absorb, empty_sets, left_at
 
 
@@ -77,6 +77,9 @@ def read_segment(
     raw_target = tl.zeros([], ELEMENT)
     m, n, r, e = empty_sets(LANES, ACC)
     if WRITTEN_OUT:
+        far = far_pair(alpha) if PAIRS else None
+        peaks = None
+        reference = None
         ahead = ()
         for i in tl.static_range(BLOCKS + DEPTH):
             if i < BLOCKS:
@@ -103,8 +106,8 @@ def read_segment(
                 if PAIRS:
                     if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH and (WORDS or VOCAB % WIDTH != 0):
                         w = keep_first(w, left, ELEMENT)
-                    m, n, r, e = absorb_pairs(
-                        w, m, n, r, e, alpha, least, ELEMENT, PACKED, i == DEPTH, 4 if WORDS else 1
+                    peaks, reference, r, e = absorb_pairs(
+                        w, peaks, reference, r, e, alpha, far, ELEMENT, PACKED, i == DEPTH
                     )
                 else:
                     w = w.to(ACC)
@@ -117,6 +120,8 @@ def read_segment(
                     # sums are done, but nothing beyond a barrier.
                     raw_target = target_entry(row_ptr, target, VOCAB)
                     tl.debug_barrier()
+        if PAIRS:
+            m, n, r, e = sets_of(peaks, reference, r, e, alpha, ELEMENT)
     else:
         if target is not None:
             raw_target = target_entry(row_ptr, target, VOCAB)

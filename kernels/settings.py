@@ -59,12 +59,12 @@ class BackwardSettings(NamedTuple):
 # chose them, timed as by `python -m bench.tune`, few and masked rows too; explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
-        (4096, None, Settings(2, 32, 65536, 2, 32, 64)),
-        (2**40, True, Settings(8, 128, 32768, 1, 8, 64, True)),
-        (16384, None, Settings(8, 128, 65536, 1, 8, 64)),
-        (32768, None, Settings(4, 128, 65536, 2, 8, 64)),
+        (4096, None, Settings(4, 32, 65536, 1, 32, 64)),
+        (2**40, True, Settings(4, 128, 24576, 1, 8, 64, True)),
+        (16384, None, Settings(8, 128, 65536, 0, 8, 64)),
+        (32768, None, Settings(8, 128, 65536, 0, 5, 96)),
         (65536, None, Settings(4, 256, 65536, 2, 3, 80)),
-        (2**40, None, Settings(4, 128, 16384, 1, 10, 48)),
+        (2**40, None, Settings(8, 128, 16384, 0, 8, 64)),
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
