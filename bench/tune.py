@@ -35,7 +35,7 @@ VOCABULARIES = (1024, 50257, 8192, 16384, 32000, 128256)
 
 
 def candidates(vocab: int, narrow: bool) -> list[Settings]:
-    """Shapes worth trying: 32 to 512 threads, and as many loads on their way as registers have room for."""
+    """Shapes worth trying: 32 to 256 threads, and as many loads on their way as registers have room for."""
     found = []
     for unroll, lanes, depth, registers in product((2, 4, 8), (32, 128, 256), (0, 1, 2, 3), (48, 64, 80, 96)):
         # four registers to each load that is on its way

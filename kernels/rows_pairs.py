@@ -150,6 +150,7 @@ def absorb_pairs(
     r,
     e,
     alpha,
+    least,
     far,
     element: tl.constexpr,
     PACKED: tl.constexpr,
@@ -168,7 +169,7 @@ def absorb_pairs(
     peaks, others = tournament(words, far, OTHERS + 1, element, PACKED)
     first, second = halves(peaks, element)
     before = reference
-    reference = reference_of(tl.maximum(tl.maximum(first, second), FLOOR), alpha, FAR)
+    reference = reference_of(tl.maximum(tl.maximum(first, second), FLOOR), alpha, least)
     r_block = tl.zeros(peaks.shape, tl.float32)
     e_block = r_block
     for i in tl.static_range(OTHERS):

@@ -107,7 +107,7 @@ def read_segment(
                     if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH and (WORDS or VOCAB % WIDTH != 0):
                         w = keep_first(w, left, ELEMENT)
                     peaks, reference, r, e = absorb_pairs(
-                        w, peaks, reference, r, e, alpha, far, ELEMENT, PACKED, i == DEPTH
+                        w, peaks, reference, r, e, alpha, least, far, ELEMENT, PACKED, i == DEPTH
                     )
                 else:
                     w = w.to(ACC)

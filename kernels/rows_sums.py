@@ -6,7 +6,8 @@ A set of numbers w is held as (m, n, r, e), for logits z = k · w and α = k · 
 
 ρ is α m, rounded (`reference_of`): so t takes one multiply-add, rounded once, and α m − ρ, which another gives exactly,
 is made up for at the end (`moments`). Counting what reaches m apart keeps the digits of the rows that matter most: when
-one token has nearly all the mass, logprob and entropy are made of r, far below the resolution of 1 + r.
+one token has nearly all the mass, logprob and entropy are made of r, far below the resolution of 1 + r. It is
+enough to count one: `rows_pairs` leaves others that are equal to m in r, whose digits then do not matter.
 
 No product feeds a sum but by an explicit fma, and the compiler fuses none by itself (`rows._variant`): ρ is rounded for
 good, and bits depend on no compiler's choice.

@@ -20,7 +20,7 @@ class Settings(NamedTuple):
         unroll: 16-byte loads of a lane in a block, at most; fewer where numbers are not kept in words of two.
         lanes: independent running sums of a program, 32 for each warp.
         segment: most bytes of a row that a program takes; part of the result's bits.
-        depth: blocks that are loaded ahead.
+        depth: blocks that are loaded ahead; more where they hold fewer loads than `unroll`.
         resident: programs that a multiprocessor runs at once.
         registers: most registers of a thread, where the compiler's own choice costs residency.
         words: whether 16-bit rows that may start on any 2 bytes are read as aligned words.
