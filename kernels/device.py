@@ -12,12 +12,13 @@ TANH_NEAR_ZERO = tl.constexpr(0.6)
 
 @triton.jit
 def log1p_below_half(x):
-    """log(1 + x) for 0 ≤ x ≤ ½ without cancellation, as 2 artanh(x / (2 + x)); 12 terms serve float64 too."""
+    """log(1 + x) for 0 ≤ x ≤ ½ without cancellation, as 2 artanh(t), t = x / (2 + x) ≤ 1/5, to the precision of x."""
+    TERMS: tl.constexpr = 12 if x.dtype == tl.float64 else 6
     t = x / (2.0 + x)
     t2 = t * t
-    series = tl.zeros_like(x) + 1.0 / 25.0
-    for i in tl.static_range(12):
-        series = series * t2 + 1.0 / (23.0 - 2.0 * i)
+    series = tl.zeros_like(x) + 1.0 / (2.0 * TERMS + 1.0)
+    for i in tl.static_range(1, TERMS + 1):
+        series = tl.fma(series, t2, tl.zeros_like(x) + 1.0 / (2.0 * (TERMS - i) + 1.0))
     return 2.0 * t * series
 
 

@@ -25,6 +25,8 @@ from entropy_fast.kernels.settings import (
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
+# Short rows that a program takes where some may be masked: as many started in vain would take as long as those read.
+STRIDES = 4
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -133,15 +135,18 @@ class Forward:
             device,
             packed_instructions(device),
         )
-        segments = variant.constants["SEGMENTS"]
-        # zeros in words of 4 bytes: the sets of each row's segments, and the rows of each sequence that are done
+        segments, group = variant.constants["SEGMENTS"], variant.constants["GROUP"]
+        # zeros in words of 4 bytes: what passes from program to program, and the rows of each sequence that are done
         self._wide = dtype == torch.float64
         self._sets = rows * segments * settings.warps * dtype.itemsize if segments > 1 else 0
         self._arrivals = outer if sequences else 0
-        # a row that is cut has a program for its end
-        programs = rows * (segments + (segments > 1))
-        # twice as many rows as are being read at a time: when a row ends, its segments are done
-        lag = ceil_div(2 * multiprocessors(device) * settings.resident, segments)
+        groups = ceil_div(rows, group)
+        # rows that are cut have a program for their end, one for each group
+        programs = groups * (segments * group + (segments > 1))
+        if mask is not None and segments == 1 and settings.warps == 1:
+            programs = ceil_div(rows, STRIDES)
+        # twice as many rows as are being read at a time: when they end, their segments are done
+        lag = ceil_div(2 * multiprocessors(device) * settings.resident, segments * group)
         if sequences:
             # resident programs walk a list whose length is known on the device alone
             programs = min(programs, multiprocessors(device) * settings.resident)
@@ -224,7 +229,7 @@ def _variant(
     heavy = has_bias or softcap or itemsize == 8
     pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
     most = None if heavy else settings.registers
-    if sequences and itemsize == 8:
+    if itemsize == 8:
         # left to itself, the assembler takes fewer than it needs, and spills
         most = 128
     elif most is not None and (sequences or not pairs):
@@ -251,6 +256,7 @@ def _variant(
             "INCLUDE_EOS": include_eos,
             "VOCAB": vocab,
             "SEGMENTS": segments,
+            "GROUP": settings.warps if segments > 1 and not sequences else 1,
             "LENGTH": length,
             "UNROLL": unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,

@@ -1,9 +1,9 @@
-"""Sets of sums that pass from program to program of a launch, in words that are their own flags.
+"""Numbers that pass from program to program of a launch, in words that are their own flags.
 
-A program that reads a segment of a row leaves its sets, one for each warp, and ends; another takes all those of the
-row. No counter says when they are there and no fence orders them: each number is a word that is 0 until it is stored,
-and who takes it puts the 0 back, for the next launch. So leaving sets waits for no answer from memory, which takes
-microseconds where memory is busy. Nobody reads a word before it is stored, but who waits for it.
+A program that reads a segment of a row leaves its sets of sums, one for each warp, and ends; another takes all those of
+the row. No counter says when they are there and no fence orders them: each number is a word that is 0 until it is
+stored, and who takes it puts the 0 back, for the next launch. So leaving sets waits for no answer from memory, which
+takes microseconds where memory is busy. Nobody reads a word before it is stored, but who waits for it.
 
 Words hold the complement of a number's bits. That is 0 for one NaN alone, in place of which another is stored.
 
@@ -27,6 +27,45 @@ def store_words(pointer, words, mask, NVIDIA: tl.constexpr):
         tl.atomic_xchg(pointer, words, mask=mask, sem="relaxed")
 
 
+@triton.constexpr_function
+def taking(count):
+    """PTX that waits for words, each thread for its own, with nothing but loads, and puts 0 in their place.
+
+    Operands: 4 words of each of `count` sets; where the first set is; and `left`, see `take_words`.
+    """
+    words = [[f"${4 * i + j}" for j in range(4)] for i in range(count)]
+    fours = ["{" + ", ".join(four) + "}" for four in words]
+    place, left = f"${4 * count}", f"${4 * count + 1}"
+    lines = [".reg .pred absent, missing;", f".reg .pred {', '.join(f'wanted{i}' for i in range(count))};"]
+    lines += [".reg .b32 zero;", "mov.b32 zero, 0;"]
+    lines += [f"mov.b32 {word}, 0;" for four in words for word in four]
+    lines += [f"setp.gt.s32 wanted{i}, {left}, {32 * i};" for i in range(count)]
+    lines += ["@!wanted0 bra done;", "again:"]
+    lines += [f"@wanted{i} ld.relaxed.gpu.global.v4.b32 {fours[i]}, [{place} + {512 * i}];" for i in range(count)]
+    lines += ["setp.ne.b32 missing, zero, 0;"]
+    for i in range(count):
+        lines += [f"setp.eq.b32 absent, {words[i][0]}, 0;"]
+        lines += [f"setp.eq.or.b32 absent, {word}, 0, absent;" for word in words[i][1:]]
+        lines += [f"and.pred absent, absent, wanted{i};", "or.pred missing, missing, absent;"]
+    lines += ["@missing bra again;"]
+    zeros = "{zero, zero, zero, zero}"
+    lines += [f"@wanted{i} st.global.v4.b32 [{place} + {512 * i}], {zeros};" for i in range(count)]
+    return "{ " + " ".join(lines) + " done: }"
+
+
+@triton.constexpr_function
+def constraints(count):
+    """Of the operands of `taking`: words are written before the others are read for the last time."""
+    return "=&r," * (4 * count) + "l,r"
+
+
+@tl.core.extern
+def assembly(code, constraints, operands, results, _semantic=None):
+    """`tl.inline_asm_elementwise` with any number of words as results, which a kernel cannot say."""
+    types = (tl.int32,) * int(results)
+    return tl.inline_asm_elementwise(code, constraints, operands, types, is_pure=False, pack=1, _semantic=_semantic)
+
+
 @triton.jit
 def load_four(pointer, wanted):
     """Four words from each pointer on, as they are now; 0 where they are not wanted."""
@@ -38,77 +77,68 @@ def load_four(pointer, wanted):
 
 
 @triton.jit
-def await_four(pointer, wanted, NVIDIA: tl.constexpr):
-    """Four words from each pointer on, once they are there; anything where they are not wanted."""
-    if NVIDIA and pointer.dtype.element_ty == tl.int32:
-        # each thread waits for its own, with nothing but loads
-        a, b, c, d = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred wanted, missing;
-            mov.b32 $0, 0;
-            mov.b32 $1, 0;
-            mov.b32 $2, 0;
-            mov.b32 $3, 0;
-            setp.ne.b32 wanted, $5, 0;
-            @!wanted bra done;
-            again:
-            ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];
-            setp.eq.b32 missing, $0, 0;
-            setp.eq.or.b32 missing, $1, 0, missing;
-            setp.eq.or.b32 missing, $2, 0, missing;
-            setp.eq.or.b32 missing, $3, 0, missing;
-            @missing bra again;
-            done:
-            }
-            """,
-            "=&r,=&r,=&r,=&r,l,r",
-            [pointer, wanted.to(tl.int32)],
-            (tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+def take_words(place, left, COUNT: tl.constexpr, NVIDIA: tl.constexpr):
+    """Words of up to COUNT sets for each thread, 32 sets apart, once they are there; 0 is put in their place.
+
+    A thread, which has but one place, takes those of the sets i with 32 i < left. The others are anything.
+    """
+    if NVIDIA and place.dtype.element_ty == tl.int32:
+        words = assembly(taking(COUNT), constraints(COUNT), [place, left], 4 * COUNT)
     else:
-        a, b, c, d = load_four(pointer, wanted)
-        while tl.max((wanted & ((a == 0) | (b == 0) | (c == 0) | (d == 0))).to(tl.int32), 0) > 0:
-            a, b, c, d = load_four(pointer, wanted)
-    return a, b, c, d
+        words = ()
+        for i in tl.static_range(COUNT):
+            wanted = left > 32 * i
+            a, b, c, d = load_four(place + 128 * i, wanted)
+            while tl.max((wanted & ((a == 0) | (b == 0) | (c == 0) | (d == 0))).to(tl.int32)) > 0:
+                a, b, c, d = load_four(place + 128 * i, wanted)
+            words = words + (a, b, c, d)  # noqa: RUF005 (no unpacking in a kernel)
+        # other threads may wait for the same words still
+        tl.debug_barrier()
+        for i in tl.static_range(COUNT):
+            for j in tl.static_range(4):
+                tl.store(place + (128 * i + j), tl.zeros_like(words[0]), mask=left > 32 * i)
+    return words
 
 
 @triton.jit
-def leave_sets(m, n, r, e, sets_ptr, part, alpha, least, NVIDIA: tl.constexpr):
-    """Leave what the lanes [LANES] have found in a segment of the row whose sets begin at `sets_ptr`."""
+def leave_sets(m, n, r, e, words_ptr, part, alpha, least, NVIDIA: tl.constexpr):
+    """Leave what the lanes [LANES] have found in a segment of the row whose words begin at `words_ptr`."""
     WARPS: tl.constexpr = m.shape[0] // 32
     SHAPE: tl.constexpr = (WARPS, 32)
     NAN: tl.constexpr = 0x7FF8000000000000 if m.dtype == tl.float64 else 0x7FC00000
     m, n, r, e = (tl.reshape(m, SHAPE), tl.reshape(n, SHAPE), tl.reshape(r, SHAPE), tl.reshape(e, SHAPE))
-    m, n, r, e = merge(m, n, r, e, alpha, least, 1)
+    m, n, r, e = merge((m,), (n,), (r,), (e,), alpha, least)
     # side by side, from four lanes of each warp: nothing has to change its thread
     column = tl.arange(0, 32)[None, :]
     warp = tl.arange(0, WARPS)[:, None]
     found = tl.where(column == 0, m[:, None], tl.where(column == 1, n[:, None], e[:, None]))
     found = tl.where(column == 2, r[:, None], found)
-    words = ~tl.where(found == found, found.to(sets_ptr.dtype.element_ty, bitcast=True), NAN)
-    store_words(sets_ptr + (part * WARPS + warp) * 4 + column, words, (column < 4) & (warp >= 0), NVIDIA)
+    words = ~tl.where(found == found, found.to(words_ptr.dtype.element_ty, bitcast=True), NAN)
+    store_words(words_ptr + (part * WARPS + warp) * 4 + column, words, (column < 4) & (warp >= 0), NVIDIA)
 
 
 @triton.jit
-def take_sets(sets_ptr, alpha, least, ACC: tl.constexpr, SETS: tl.constexpr, LANES: tl.constexpr, NVIDIA: tl.constexpr):
-    """The union of a row's SETS sets, once they are there.
+def take_sets(words_ptr, lane, wanted, alpha, least, ACC: tl.constexpr, SETS: tl.constexpr, NVIDIA: tl.constexpr):
+    """The unions of rows' SETS sets, once they are there, each in the first lane of its warp; elsewhere an empty set.
 
-    A place for each of LANES at least, so that none is waited for by many threads.
+    `words_ptr` [WARPS, 32] says where each warp's row begins, if it is wanted: so no warp has to wait for another.
     """
-    PLACES: tl.constexpr = max(triton.next_power_of_2(SETS), LANES)
-    place = tl.arange(0, PLACES)
-    wanted = place < SETS
-    m, n, r, e = await_four(sets_ptr + place * 4, wanted, NVIDIA)
-    m = tl.where(wanted, (~m).to(ACC, bitcast=True), FLOOR)
-    n = tl.where(wanted, (~n).to(ACC, bitcast=True), 0.0)
-    r = tl.where(wanted, (~r).to(ACC, bitcast=True), 0.0)
-    e = tl.where(wanted, (~e).to(ACC, bitcast=True), 0.0)
-    m, n, r, e = merge(m, n, r, e, alpha, least, 0)
-    # other warps may wait for the same words still
-    tl.debug_barrier()
-    word = tl.arange(0, 4 * PLACES)
-    tl.store(sets_ptr + word, tl.zeros(word.shape, sets_ptr.dtype.element_ty), mask=word < 4 * SETS)
+    COUNT: tl.constexpr = (SETS + 31) // 32
+    left = tl.where(wanted, SETS - lane, 0)
+    words = take_words(words_ptr + 4 * lane, left, COUNT, NVIDIA)
+    m = ()
+    n = ()
+    r = ()
+    e = ()
+    for i in tl.static_range(COUNT):
+        there = left > 32 * i
+        m = m + (tl.where(there, (~words[4 * i]).to(ACC, bitcast=True), FLOOR),)  # noqa: RUF005
+        n = n + (tl.where(there, (~words[4 * i + 1]).to(ACC, bitcast=True), 0.0),)  # noqa: RUF005
+        r = r + (tl.where(there, (~words[4 * i + 2]).to(ACC, bitcast=True), 0.0),)  # noqa: RUF005
+        e = e + (tl.where(there, (~words[4 * i + 3]).to(ACC, bitcast=True), 0.0),)  # noqa: RUF005
+    m, n, r, e = merge(m, n, r, e, alpha, least)
+    # kept a matrix, which the compiler leaves where it is; a vector it would spread over all threads, through memory
+    first = lane == 0
+    m = tl.where(first, m[:, None], FLOOR)
+    n, r, e = tl.where(first, n[:, None], 0.0), tl.where(first, r[:, None], 0.0), tl.where(first, e[:, None], 0.0)
     return m, n, r, e

@@ -8,9 +8,9 @@ by sums of exponentials in one pass with running rescaling (the online softmax),
 rows once, and 16 bytes out per row.
 
 A program takes a row or, where rows are long, a segment: rows are cut into equal ones, by the vocabulary alone. Who has
-read a segment leaves its sums and ends (`rows_exchange`); a program that starts later merges those of a row, in order.
-So a row's bits depend neither on the number of rows nor on its place, few rows fill the device too, programs that read
-do nothing else, and little is left to wait for when the last rows end.
+read a segment leaves its sums and ends (`rows_exchange`); a program that starts later merges those of a group of rows,
+a warp those of one, in order. So a row's bits depend neither on the number of rows nor on its place, few rows fill the
+device too, programs that read do nothing else, and little is left to wait for when the last rows end.
 """
 
 import triton
@@ -19,41 +19,62 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.plan import finish_sequence, write_zeros
 from entropy_fast.kernels.rows_exchange import leave_sets, take_sets
-from entropy_fast.kernels.rows_pairs import FAR, NEAR, peaks_alone
+from entropy_fast.kernels.rows_pairs import FAR, NEAR, log_of_peaks
 from entropy_fast.kernels.rows_segments import read_segment, softcapped, target_entry
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
 
 
 @triton.jit
-def unit_at(unit, places, lag, SEGMENTS: tl.constexpr):
-    """What a unit of work is: which row, and which segment of it to read, or with part SEGMENTS that the row ends.
+def unit_at(unit, groups, lag, ITEMS: tl.constexpr):
+    """What a unit of work is: of which group of rows, and which of its ITEMS to read, or ITEMS: that the group ends.
 
-    First `lag` rows are read, at most all. Then, with every row that is read, the one `lag` rows before it ends, whose
-    sets are there by now; and at last those rows end that are left. Units are begun in order: whoever waits for a row's
-    sets does so for units that others have begun.
+    First `lag` groups are read, at most all. Then, with every group that is read, the one `lag` groups before it ends,
+    whose sets are there by now; and at last those end that are left. Units are begun in order: whoever waits for a
+    row's sets does so for units that others have begun.
     """
-    STEP: tl.constexpr = SEGMENTS + 1
-    later = unit - lag * SEGMENTS
-    last = later - (places - lag) * STEP
-    place = later // STEP
-    part = later - place * STEP
-    place += tl.where(part < SEGMENTS, lag, 0)
+    STEP: tl.constexpr = ITEMS + 1
+    later = unit - lag * ITEMS
+    last = later - (groups - lag) * STEP
+    group = later // STEP
+    item = later - group * STEP
+    group += tl.where(item < ITEMS, lag, 0)
     # before any ends, and after all are read
-    place = tl.where(later < 0, unit // SEGMENTS, tl.where(last < 0, place, places - lag + last))
-    part = tl.where(later < 0, unit % SEGMENTS, tl.where(last < 0, part, SEGMENTS))
-    return place, part
+    group = tl.where(later < 0, unit // ITEMS, tl.where(last < 0, group, groups - lag + last))
+    item = tl.where(later < 0, unit % ITEMS, tl.where(last < 0, item, ITEMS))
+    return group, item
 
 
 @triton.jit
 def start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT: tl.constexpr, SEQUENCES: tl.constexpr):
-    """The outer index of a row, and where its logits begin."""
+    """Where a row's logits begin."""
     outer = 0 if FLAT else row // inner
     # the token in a column is scored by the logits of the column before it
     column = row - outer * inner - SEQUENCES
     row_ptr = logits_ptr + column.to(tl.int64) * stride_inner
     if not FLAT:
         row_ptr += outer.to(tl.int64) * stride_outer
-    return outer, row_ptr
+    return row_ptr
+
+
+@triton.jit
+def target_w(logit, bias_ptr, target, wanted, squeeze, ACC: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr):
+    """w of targets, from their logits."""
+    w = logit.to(ACC)
+    if bias_ptr is not None:
+        w += target_entry(bias_ptr, target, wanted, VOCAB).to(ACC)
+    return softcapped(w, squeeze, SOFTCAP)
+
+
+@triton.jit
+def write_results(place, here, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
+    """Write the results of rows at their places, where they are `here`."""
+    # a target that is no token: its logit is NaN
+    log_sum = tl.where(w_target == w_target, log_sum, float("nan"))
+    tl.store(logprob_ptr + place, k * (w_target - m) - log_sum, mask=here)
+    tl.store(entropy_ptr + place, log_sum - mean, mask=here)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + place, m, mask=here)
+        tl.store(log_sum_ptr + place, log_sum, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag"])
@@ -91,6 +112,7 @@ def row_stats_kernel(
     INCLUDE_EOS: tl.constexpr,
     VOCAB: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
     LENGTH: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
@@ -99,12 +121,15 @@ def row_stats_kernel(
     WORDS: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
-    """One program a unit of work: a row or, of rows that are cut, a segment or the end of a row.
+    """One program a unit of work: a row or, of rows that are cut, a segment or the end of GROUP rows.
 
-    With a list, whoever is free takes the next unit; with a mask, programs whose row is masked end at once.
+    With a list, whoever is free takes the next unit. With a mask, programs whose row is masked end at once; where rows
+    are so short that one warp reads them, it strides from row to row, and knows ahead whether the next one is masked.
     """
-    ROW_WORDS: tl.constexpr = 4 * SEGMENTS * (LANES // 32)
-    END: tl.constexpr = SEGMENTS if SEGMENTS > 1 else 0
+    STRIDES: tl.constexpr = mask_ptr is not None and SEGMENTS == 1 and LANES == 32
+    SETS: tl.constexpr = SEGMENTS * (LANES // 32)
+    ROW_WORDS: tl.constexpr = 4 * SETS
+    ITEMS: tl.constexpr = SEGMENTS * GROUP
     k = tl.full([], factor, ACC)
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
@@ -119,28 +144,41 @@ def row_stats_kernel(
         places = tl.load(counters_ptr)
         # in order, so that whoever waits does so for units that others have begun
         unit = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
-    units = places * (SEGMENTS + (SEGMENTS > 1))
+    groups = tl.cdiv(places, GROUP)
+    units = groups * (ITEMS + (SEGMENTS > 1))
+    is_next = False
+    if STRIDES:
+        is_next = tl.load(mask_ptr + unit) != 0
     while unit < units:
-        row = unit
-        part = 0
+        group = unit
+        item = 0
         if SEGMENTS > 1:
-            row, part = unit_at(unit, places, tl.minimum(lag, places), SEGMENTS)
-        if active_ptr is not None:
-            row = tl.load(active_ptr + row)
-        is_active = row >= 0
-        if mask_ptr is not None:
-            is_active = tl.load(mask_ptr + row) != 0
-            write_zeros(row, (is_active == 0) & (part == END), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
-        if is_active:
-            outer, row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
-            row_sets_ptr = None if SEGMENTS == 1 else sets_ptr + row.to(tl.int64) * ROW_WORDS
-            # a row of one segment ends where it is read, and the target's logit comes along
-            early_target = tl.load(targets_ptr + row) if SEGMENTS == 1 else None
-            if SEGMENTS == 1 or part < SEGMENTS:
+            group, item = unit_at(unit, groups, tl.minimum(lag, groups), ITEMS)
+        first_row = group * GROUP
+        ends = False
+        if SEGMENTS == 1 or item < ITEMS:
+            row = first_row + item // SEGMENTS
+            is_active = GROUP == 1 or row < places
+            if active_ptr is not None:
+                row = tl.load(active_ptr + row)
+            if mask_ptr is not None:
+                if STRIDES:
+                    is_active = is_next
+                    next_row = row + tl.num_programs(0)
+                    is_next = tl.load(mask_ptr + next_row, mask=next_row < rows, other=0) != 0
+                else:
+                    is_active &= tl.load(mask_ptr + row, mask=is_active, other=0) != 0
+                if SEGMENTS == 1:
+                    write_zeros(row, is_active == 0, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+            if is_active:
+                row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
+                part = item % SEGMENTS
+                # a row of one segment ends where it is read, and the target's logit comes along
+                target = tl.load(targets_ptr + row) if SEGMENTS == 1 else None
                 m, n, r, e, logit = read_segment(
                     row_ptr,
                     bias_ptr,
-                    early_target,
+                    target,
                     part,
                     alpha,
                     least,
@@ -159,45 +197,95 @@ def row_stats_kernel(
                     DEPTH,
                     WORDS,
                 )
-                if SEGMENTS == 1:
-                    m, n, r, e = merge(m, n, r, e, alpha, least, 0)
-                else:
-                    leave_sets(m, n, r, e, row_sets_ptr, part, alpha, least, PACKED > 0)
-            if part == END:
-                target = tl.load(targets_ptr + row) if SEGMENTS > 1 else early_target
                 if SEGMENTS > 1:
-                    logit = target_entry(row_ptr, target, VOCAB)
-                    SETS: tl.constexpr = SEGMENTS * (LANES // 32)
-                    m, n, r, e = take_sets(row_sets_ptr, alpha, least, ACC, SETS, LANES, PACKED > 0)
-                w_target = logit.to(ACC)
-                if bias_ptr is not None:
-                    w_target += target_entry(bias_ptr, target, VOCAB).to(ACC)
-                w_target = softcapped(w_target, squeeze, SOFTCAP)
-                if PAIRS and tl.abs(m * alpha) > NEAR:
-                    n, r, e = peaks_alone(row_ptr, m, VOCAB, LANES)
-                log_sum, mean = moments(m, n, r, e, alpha, least)
-                # a target that is no token: its logit is NaN
-                log_sum = tl.where(w_target == w_target, log_sum, float("nan"))
-                tl.store(logprob_ptr + row, k * (w_target - m) - log_sum)
-                tl.store(entropy_ptr + row, log_sum - mean)
-                if peak_ptr is not None:
-                    tl.store(peak_ptr + row, m)
-                    tl.store(log_sum_ptr + row, log_sum)
-                if SEQUENCES:
-                    tl.debug_barrier()
-                    done = tl.atomic_add(arrivals_ptr + outer, 1, sem="acq_rel") + 1
-                    if done == tl.load(pending_ptr + outer):
-                        tl.store(arrivals_ptr + outer, 0)
-                        finish_sequence(
-                            outer,
-                            sequences,
-                            inner,
-                            eos_column_ptr,
-                            sums_ptr,
-                            logprob_ptr,
-                            entropy_ptr,
-                            INCLUDE_EOS,
-                            SUM_BLOCK,
+                    leave_sets(m, n, r, e, sets_ptr + row.to(tl.int64) * ROW_WORDS, part, alpha, least, PACKED > 0)
+                else:
+                    w_target = target_w(logit, bias_ptr, target, True, squeeze, ACC, SOFTCAP, VOCAB)
+                    m, n, r, e = merge((m,), (n,), (r,), (e,), alpha, least)
+                    log_sum, mean = moments(m, n, r, e, alpha, least)
+                    write_results(
+                        row, True, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+                    )
+                    if PAIRS and tl.abs(m * alpha) > NEAR:
+                        log_sum = log_of_peaks(row_ptr, m, VOCAB, LANES)
+                        write_results(
+                            row, True, m, log_sum, 0.0, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
                         )
-        # without a list no more than one turn, said so that the compiler sees it
-        unit = units if active_ptr is None else tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
+                    ends = True
+        else:
+            row = first_row
+            if active_ptr is not None:
+                row = tl.load(active_ptr + row)
+            # A warp for each row. Addresses are those of places side by side, of which the first is wanted: so the
+            # compiler leaves all numbers in the threads that have them.
+            lane = tl.arange(0, 32)[None, :]
+            warps = tl.arange(0, LANES // 32)
+            rows_here = row + warps
+            here = (warps < GROUP) & (first_row + warps < places)
+            is_read = here
+            if mask_ptr is not None:
+                is_read &= tl.load(mask_ptr + rows_here, mask=here, other=0) != 0
+            target = tl.load(targets_ptr + rows_here, mask=is_read, other=0)[:, None] + lane
+            place = rows_here[:, None] + lane
+            here = here[:, None] & (lane == 0)
+            wanted = is_read[:, None] & (lane >= 0)
+            is_read = wanted & here
+            row_ptr = start_of(rows_here, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)[:, None]
+            logit = target_entry(row_ptr, target, is_read, VOCAB)
+            words_ptr = sets_ptr + rows_here[:, None].to(tl.int64) * ROW_WORDS
+            m, n, r, e = take_sets(words_ptr, lane, wanted, alpha, least, ACC, SETS, PACKED > 0)
+            w_target = target_w(logit, bias_ptr, target, is_read, squeeze, ACC, SOFTCAP, VOCAB)
+            log_sum, mean = moments(m, n, r, e, alpha, least)
+            write_results(
+                place, is_read, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+            )
+            if mask_ptr is not None:
+                write_zeros(place, here & (is_read == 0), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+            if PAIRS:
+                is_far = is_read & (tl.abs(m * alpha) > NEAR)
+                if tl.max(is_far.to(tl.int32)) > 0:
+                    for i in tl.range(GROUP):
+                        this = is_far & (warps[:, None] == i)
+                        if tl.max(this.to(tl.int32)) > 0:
+                            far_ptr = start_of(row + i, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
+                            peak = tl.max(tl.where(this, m, FLOOR))
+                            w = tl.sum(tl.where(this, w_target, 0.0))
+                            log_sum_far = log_of_peaks(far_ptr, peak, VOCAB, LANES)
+                            write_results(
+                                row + i,
+                                True,
+                                peak,
+                                log_sum_far,
+                                0.0,
+                                k,
+                                w,
+                                logprob_ptr,
+                                entropy_ptr,
+                                peak_ptr,
+                                log_sum_ptr,
+                            )
+            ends = True
+        if SEQUENCES and ends:
+            outer = row // inner
+            tl.debug_barrier()
+            done = tl.atomic_add(arrivals_ptr + outer, 1, sem="acq_rel") + 1
+            if done == tl.load(pending_ptr + outer):
+                tl.store(arrivals_ptr + outer, 0)
+                finish_sequence(
+                    outer,
+                    sequences,
+                    inner,
+                    eos_column_ptr,
+                    sums_ptr,
+                    logprob_ptr,
+                    entropy_ptr,
+                    INCLUDE_EOS,
+                    SUM_BLOCK,
+                )
+        if active_ptr is not None:
+            unit = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
+        elif STRIDES:
+            unit += tl.num_programs(0)
+        else:
+            # no more than one turn, said so that the compiler sees it
+            unit = units

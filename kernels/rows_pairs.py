@@ -17,7 +17,7 @@ from entropy_fast.kernels.rows_sums import FLOOR, left_at, reference_of
 
 # bfloat16 logits so small that α w is below FAR count as about FAR, so that none is −inf, whose product with 0 would
 # need a guard. Beside a peak with |α m| up to NEAR they have no mass. Where a row's peak is farther from 0 than that,
-# no other number has any, but for its equals, which ρ is too coarse for: they are counted (`peaks_alone`).
+# no other number has any, but for its equals, which ρ is too coarse for: they are counted (`log_of_peaks`).
 FAR = tl.constexpr(-4194304.0)
 NEAR = tl.constexpr(1048576.0)
 
@@ -196,8 +196,8 @@ def sets_of(peaks, reference, r, e, alpha, element: tl.constexpr):
 
 
 @triton.jit
-def peaks_alone(row_ptr, m, VOCAB: tl.constexpr, LANES: tl.constexpr):
-    """n, r and e of a row whose peak m is beyond NEAR: how many elements reach it, and 0; or NaN where one is NaN."""
+def log_of_peaks(row_ptr, m, VOCAB: tl.constexpr, LANES: tl.constexpr):
+    """log Σ e^(z − k m) of a row whose peak m is beyond NEAR: of how many elements reach it; NaN of none or NaN."""
     lane = tl.arange(0, LANES)
     n = tl.zeros([LANES], tl.float32)
     # 0, which the compiler does not know: it would write the loop out, in as much code as all the rest is
@@ -207,5 +207,4 @@ def peaks_alone(row_ptr, m, VOCAB: tl.constexpr, LANES: tl.constexpr):
         n += tl.where(w == m, 1.0, tl.where(w == w, 0.0, w))
         start += LANES
     n = tl.sum(n, 0)
-    rest = 0.0 * n
-    return n, rest, rest
+    return tl.where((n > 0) & (m < float("inf")), tl.log(n), float("nan"))

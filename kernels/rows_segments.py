@@ -27,9 +27,9 @@ def softcapped(x, squeeze, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def target_entry(row_ptr, target, VOCAB: tl.constexpr):
-    """The target's entry of a row, of logits or bias; NaN where there is no such token."""
-    return tl.load(row_ptr + target, mask=(target >= 0) & (target < VOCAB), other=float("nan"))
+def target_entry(row_ptr, target, wanted, VOCAB: tl.constexpr):
+    """The targets' entries of rows, of logits or bias, where they are wanted; NaN where there is no such token."""
+    return tl.load(row_ptr + target, mask=wanted & (target >= 0) & (target < VOCAB), other=float("nan"))
 
 
 @triton.jit
@@ -98,8 +98,6 @@ def read_segment(
                     ),
                 )
             if i >= DEPTH:
-                if i == DEPTH and target is not None:
-                    tl.debug_barrier()  # see below
                 left = length - (i - DEPTH) * BLOCK
                 w = tl.reshape(ahead[0], [ahead[0].shape[0] // (LANES * ITEMS), LANES, ITEMS])
                 ahead = ahead[1:]
@@ -115,16 +113,13 @@ def read_segment(
                         w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
                     m, n, r, e = absorb(w, m, n, r, e, alpha, least, i == DEPTH)
                 if i == DEPTH and target is not None:
-                    # Requested behind the first blocks, which so need not wait for it, nor anything for it at the end.
-                    # NVIDIA's assembler puts off what is needed late, the target's id and then its logit, until all
-                    # sums are done, but nothing beyond a barrier.
-                    raw_target = target_entry(row_ptr, target, VOCAB)
-                    tl.debug_barrier()
+                    # behind the first blocks, which so need not wait for it, nor anything for it at the end
+                    raw_target = target_entry(row_ptr, target, True, VOCAB)
         if PAIRS:
             m, n, r, e = sets_of(peaks, reference, r, e, alpha, ELEMENT)
     else:
         if target is not None:
-            raw_target = target_entry(row_ptr, target, VOCAB)
+            raw_target = target_entry(row_ptr, target, True, VOCAB)
         for i in tl.range(BLOCKS):
             left = length - i * BLOCK
             w = load_block(row_ptr, words_ptr, phase, begin + i * BLOCK, left, 0, BLOCK, WIDTH, PAIRS, WORDS).to(ACC)

@@ -25,11 +25,11 @@ def test_in_the_interpreter(which):
     run_interpreted(__file__, "-k", which)
 
 
-def small(segment=128, words=False):
-    """Settings with blocks of 256 numbers of 16 bits, and segments of so many bytes."""
+def small(segment=128, words=False, lanes=32):
+    """Settings with blocks of 8 numbers of 16 bits a lane, and segments of so many bytes."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(1, lanes=32, segment=segment, depth=1, resident=2, words=words)
+    return Settings(1, lanes=lanes, segment=segment, depth=1, resident=2, words=words)
 
 
 # bf16 without bias and softcap is read in words of two
@@ -117,8 +117,10 @@ def test_a_confident_row_keeps_its_digits(dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("segment", [4096, 128], ids=["whole rows", "segments"])
-def test_equal_peaks_near_and_far_from_zero(dtype, segment, device):
+@pytest.mark.parametrize(
+    ("segment", "lanes"), [(4096, 32), (128, 32), (128, 64)], ids=["whole rows", "segments", "in pairs"]
+)
+def test_equal_peaks_near_and_far_from_zero(dtype, segment, lanes, device):
     """Numbers so large that only those that are equal to the peak have any mass; many equal small ones."""
     from entropy_fast.kernels.rows import row_stats
     from entropy_fast.reference.transform import Transform
@@ -139,7 +141,7 @@ def test_equal_peaks_near_and_far_from_zero(dtype, segment, device):
     targets[0, 0], targets[0, 4] = 47, 0
     for temperature in (1.0, 2.0**-12):
         transform = Transform(temperature)
-        got = row_stats(logits.to(device), targets.to(device), None, None, transform, small(segment))
+        got = row_stats(logits.to(device), targets.to(device), None, None, transform, small(segment, lanes=lanes))
         expected = reference(logits, targets, None, None, transform)
         far = expected.logprob.abs() > 1e3
         # beyond there the log-prob itself is so large that float32 holds fewer digits after the point
@@ -354,26 +356,62 @@ def test_sequences(include_eos, stop_at_eos):
     assert torch.equal(sequences.runs_past_eos, masks.runs_past_eos)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_with_more_sets_than_a_warp_has_lanes_end_in_groups(dtype, device):
+    """21 segments, 2 warps, so 42 sets; the last group of rows is not full."""
+    from entropy_fast.kernels.rows import row_stats
+
+    settings = small(64 * dtype.itemsize, lanes=64)
+    logits = (3 * torch.randn(1, 5, 1300, dtype=torch.float64)).to(dtype)
+    logits[0, 2, :1100] = -math.inf
+    logits[0, 3, 321] = math.nan
+    targets = torch.tensor([[0, 1299, 1200, 7, 1024]])
+    mask = torch.tensor([[True, False, True, True, True]])
+    for given in (None, mask):
+        got = row_stats(
+            *(None if t is None else t.to(device) for t in (logits, targets, given)), None, _plain(), settings
+        )
+        bound = 1e-12 if dtype == torch.float64 else 3e-6
+        assert_close([t.cpu() for t in got], reference(logits, targets, given), bound)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 4, 5, 14])
+def test_masked_short_rows_are_what_they_are_without_a_mask(rows, device):
+    """A program strides from row to row."""
+    from entropy_fast.kernels.rows import row_stats
+
+    logits, targets = 3 * torch.randn(1, rows, 100, device=device), torch.randint(100, (1, rows), device=device)
+    whole = row_stats(logits, targets, None, None, _plain(), small(4096))
+    assert_close([t.cpu() for t in whole], reference(logits.cpu(), targets.cpu()), 3e-6)
+    for mask in (torch.rand(1, rows) < 0.5, torch.zeros(1, rows) > 0, torch.ones(1, rows) > 0):
+        given = mask.to(device)
+        got = row_stats(logits, targets, given, None, _plain(), small(4096))
+        for some, every in zip(got, whole, strict=True):
+            assert torch.equal(some, every.where(given, 0))
+
+
 @triton.jit
-def units_kernel(out_ptr, places, lag, SEGMENTS: tl.constexpr):
+def units_kernel(out_ptr, groups, lag, ITEMS: tl.constexpr):
     unit = tl.program_id(0)
-    place, part = unit_at(unit, places, lag, SEGMENTS)
-    tl.store(out_ptr + 2 * unit, place)
-    tl.store(out_ptr + 2 * unit + 1, part)
+    group, item = unit_at(unit, groups, lag, ITEMS)
+    tl.store(out_ptr + 2 * unit, group)
+    tl.store(out_ptr + 2 * unit + 1, item)
 
 
 @interpreted
-@pytest.mark.parametrize(("places", "lag", "segments"), [(1, 1, 2), (7, 7, 3), (20, 3, 2), (9, 1, 16), (12, 11, 5)])
-def test_a_row_ends_once_and_after_all_of_its_segments_have_begun(places, lag, segments):
-    units = torch.empty(places * (segments + 1), 2, dtype=torch.int32)
-    units_kernel[(len(units),)](units, places, lag, segments)
+@pytest.mark.parametrize(("groups", "lag", "items"), [(1, 1, 2), (7, 7, 3), (20, 3, 2), (9, 1, 16), (12, 11, 5)])
+def test_rows_end_once_and_after_all_of_their_segments_have_begun(groups, lag, items):
+    units = torch.empty(groups * (items + 1), 2, dtype=torch.int32)
+    units_kernel[(len(units),)](units, groups, lag, items)
     order = {tuple(unit): i for i, unit in enumerate(units.tolist())}
-    assert order.keys() == {(place, part) for place in range(places) for part in range(segments + 1)}
-    for place in range(places):
-        end = order[place, segments]
-        # nobody waits for who has not begun, and but for the last rows, whole rows lie between
-        assert all(order[place, part] < end for part in range(segments))
-        assert place >= places - lag or order[place + lag - 1, segments - 1] < end
+    assert order.keys() == {(group, item) for group in range(groups) for item in range(items + 1)}
+    for group in range(groups):
+        end = order[group, items]
+        # nobody waits for who has not begun, and but for the last groups, whole ones lie between
+        assert all(order[group, item] < end for item in range(items))
+        assert group >= groups - lag or order[group + lag - 1, items - 1] < end
 
 
 @pytest.mark.parametrize("device", DEVICES)
