@@ -7,6 +7,8 @@ takes microseconds where memory is busy. Nobody reads a word before it is stored
 
 Words hold the complement of a number's bits. That is 0 for one NaN alone, in place of which another is stored.
 
+Taking words only reads them, for the compiler may do it twice, in other threads; `clear_words` comes once all have.
+
 Who waits does so for programs that started before (`rows_kernel.unit_at`), as the look-back of prefix sums does
 (Merrill and Garland, Single-pass Parallel Prefix Scan with Decoupled Look-back, 2016).
 """
@@ -29,7 +31,7 @@ def store_words(pointer, words, mask, NVIDIA: tl.constexpr):
 
 @triton.constexpr_function
 def taking(count):
-    """PTX that waits for words, each thread for its own, with nothing but loads, and puts 0 in their place.
+    """PTX that waits for words, each thread for its own, with nothing but loads.
 
     Operands: 4 words of each of `count` sets; where the first set is; and `left`, see `take_words`.
     """
@@ -37,19 +39,15 @@ def taking(count):
     fours = ["{" + ", ".join(four) + "}" for four in words]
     place, left = f"${4 * count}", f"${4 * count + 1}"
     lines = [".reg .pred absent, missing;", f".reg .pred {', '.join(f'wanted{i}' for i in range(count))};"]
-    lines += [".reg .b32 zero;", "mov.b32 zero, 0;"]
     lines += [f"mov.b32 {word}, 0;" for four in words for word in four]
     lines += [f"setp.gt.s32 wanted{i}, {left}, {32 * i};" for i in range(count)]
     lines += ["@!wanted0 bra done;", "again:"]
     lines += [f"@wanted{i} ld.relaxed.gpu.global.v4.b32 {fours[i]}, [{place} + {512 * i}];" for i in range(count)]
-    lines += ["setp.ne.b32 missing, zero, 0;"]
     for i in range(count):
         lines += [f"setp.eq.b32 absent, {words[i][0]}, 0;"]
         lines += [f"setp.eq.or.b32 absent, {word}, 0, absent;" for word in words[i][1:]]
-        lines += [f"and.pred absent, absent, wanted{i};", "or.pred missing, missing, absent;"]
+        lines += [f"and.pred absent, absent, wanted{i};", f"or.pred missing, absent, {'missing' if i else 'absent'};"]
     lines += ["@missing bra again;"]
-    zeros = "{zero, zero, zero, zero}"
-    lines += [f"@wanted{i} st.global.v4.b32 [{place} + {512 * i}], {zeros};" for i in range(count)]
     return "{ " + " ".join(lines) + " done: }"
 
 
@@ -78,9 +76,9 @@ def load_four(pointer, wanted):
 
 @triton.jit
 def take_words(place, left, COUNT: tl.constexpr, NVIDIA: tl.constexpr):
-    """Words of up to COUNT sets for each thread, 32 sets apart, once they are there; 0 is put in their place.
+    """Words of up to COUNT sets for each place, 32 sets apart, once they are there: of the sets i with 32 i < left.
 
-    A thread, which has but one place, takes those of the sets i with 32 i < left. The others are anything.
+    The others are anything.
     """
     if NVIDIA and place.dtype.element_ty == tl.int32:
         words = assembly(taking(COUNT), constraints(COUNT), [place, left], 4 * COUNT)
@@ -92,12 +90,17 @@ def take_words(place, left, COUNT: tl.constexpr, NVIDIA: tl.constexpr):
             while tl.max((wanted & ((a == 0) | (b == 0) | (c == 0) | (d == 0))).to(tl.int32)) > 0:
                 a, b, c, d = load_four(place + 128 * i, wanted)
             words = words + (a, b, c, d)  # noqa: RUF005 (no unpacking in a kernel)
-        # other threads may wait for the same words still
-        tl.debug_barrier()
-        for i in tl.static_range(COUNT):
-            for j in tl.static_range(4):
-                tl.store(place + (128 * i + j), tl.zeros_like(words[0]), mask=left > 32 * i)
     return words
+
+
+@triton.jit
+def clear_words(words_ptr, wanted, WORDS: tl.constexpr):
+    """Put 0 in place of the rows' words, for the next launch, once all threads of the program have taken theirs."""
+    tl.debug_barrier()
+    word = tl.arange(0, triton.next_power_of_2(WORDS))[None, :]
+    place = words_ptr + word
+    zeros = tl.zeros(place.shape, words_ptr.dtype.element_ty)
+    tl.store(place, zeros, mask=wanted & (word < WORDS))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.plan import finish_sequence, write_zeros
-from entropy_fast.kernels.rows_exchange import leave_sets, take_sets
+from entropy_fast.kernels.rows_exchange import clear_words, leave_sets, take_sets
 from entropy_fast.kernels.rows_pairs import FAR, NEAR, log_of_peaks
 from entropy_fast.kernels.rows_segments import read_segment, softcapped, target_entry
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
@@ -221,24 +221,24 @@ def row_stats_kernel(
             lane = tl.arange(0, 32)[None, :]
             warps = tl.arange(0, LANES // 32)
             rows_here = row + warps
-            here = (warps < GROUP) & (first_row + warps < places)
-            is_read = here
+            row_is_here = (warps < GROUP) & (first_row + warps < places)
+            row_is_read = row_is_here
             if mask_ptr is not None:
-                is_read &= tl.load(mask_ptr + rows_here, mask=here, other=0) != 0
-            target = tl.load(targets_ptr + rows_here, mask=is_read, other=0)[:, None] + lane
+                row_is_read &= tl.load(mask_ptr + rows_here, mask=row_is_here, other=0) != 0
+            target = tl.load(targets_ptr + rows_here, mask=row_is_read, other=0)[:, None] + lane
             place = rows_here[:, None] + lane
-            here = here[:, None] & (lane == 0)
-            wanted = is_read[:, None] & (lane >= 0)
-            is_read = wanted & here
+            here = row_is_here[:, None] & (lane == 0)
+            is_read = row_is_read[:, None] & (lane == 0)
             row_ptr = start_of(rows_here, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)[:, None]
             logit = target_entry(row_ptr, target, is_read, VOCAB)
             words_ptr = sets_ptr + rows_here[:, None].to(tl.int64) * ROW_WORDS
-            m, n, r, e = take_sets(words_ptr, lane, wanted, alpha, least, ACC, SETS, PACKED > 0)
+            m, n, r, e = take_sets(words_ptr, lane, row_is_read[:, None], alpha, least, ACC, SETS, PACKED > 0)
             w_target = target_w(logit, bias_ptr, target, is_read, squeeze, ACC, SOFTCAP, VOCAB)
             log_sum, mean = moments(m, n, r, e, alpha, least)
             write_results(
                 place, is_read, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
             )
+            clear_words(words_ptr, row_is_read[:, None], ROW_WORDS)
             if mask_ptr is not None:
                 write_zeros(place, here & (is_read == 0), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
             if PAIRS:

@@ -97,6 +97,13 @@ def read_segment(
                         WORDS,
                     ),
                 )
+            if i == DEPTH and target is not None:
+                # Requested behind the first blocks, which so need not wait for it, nor anything for it at the end.
+                # NVIDIA's assembler puts off what is needed late, the target's id and then its logit, until all sums
+                # are done, but nothing beyond a barrier.
+                tl.debug_barrier()
+                raw_target = target_entry(row_ptr, target, True, VOCAB)
+                tl.debug_barrier()
             if i >= DEPTH:
                 left = length - (i - DEPTH) * BLOCK
                 w = tl.reshape(ahead[0], [ahead[0].shape[0] // (LANES * ITEMS), LANES, ITEMS])
@@ -112,9 +119,6 @@ def read_segment(
                     if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH:
                         w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
                     m, n, r, e = absorb(w, m, n, r, e, alpha, least, i == DEPTH)
-                if i == DEPTH and target is not None:
-                    # behind the first blocks, which so need not wait for it, nor anything for it at the end
-                    raw_target = target_entry(row_ptr, target, True, VOCAB)
         if PAIRS:
             m, n, r, e = sets_of(peaks, reference, r, e, alpha, ELEMENT)
     else:

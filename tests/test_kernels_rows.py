@@ -567,6 +567,9 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
                 c = variant.constants
                 steps = -(-c["LENGTH"] // (c["LANES"] * c["WIDTH"])) if c["WRITTEN_OUT"] else c["UNROLL"]
                 assert not aligned or wide >= steps
+                # the compiler has not copied the loop that waits for words, for every layout that it likes
+                sets = c["SEGMENTS"] * (c["LANES"] // 32) if c["SEGMENTS"] > 1 and logits_type != "*fp64" else 0
+                assert ptx.count("ld.relaxed.gpu.global.v4") == -(-sets // 32)
                 pairs = logits_type[-2:] == "16" and not everything
                 assert ("max.NaN.bf16x2" in ptx or "max.NaN.f16x2" in ptx) == pairs
 
