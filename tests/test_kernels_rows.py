@@ -116,9 +116,13 @@ def test_a_confident_row_keeps_its_digits(dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("segment", "lanes"), [(4096, 32), (128, 32), (128, 64)], ids=["whole rows", "segments", "in pairs"]
+    ("dtype", "segment", "lanes"),
+    [
+        *((dtype, 4096, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((dtype, 128, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        (torch.bfloat16, 128, 64),
+    ],
 )
 def test_equal_peaks_near_and_far_from_zero(dtype, segment, lanes, device):
     """Numbers so large that only those that are equal to the peak have any mass; many equal small ones."""
@@ -357,16 +361,17 @@ def test_sequences(include_eos, stop_at_eos):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_rows_with_more_sets_than_a_warp_has_lanes_end_in_groups(dtype, device):
-    """21 segments, 2 warps, so 42 sets; the last group of rows is not full."""
+    """10 segments, 4 warps, so 40 sets; the last group of rows is not full."""
     from entropy_fast.kernels.rows import row_stats
 
-    settings = small(64 * dtype.itemsize, lanes=64)
-    logits = (3 * torch.randn(1, 5, 1300, dtype=torch.float64)).to(dtype)
-    logits[0, 2, :1100] = -math.inf
+    # of float64, which takes long, twice as much is a segment
+    settings = small(128 if dtype == torch.bfloat16 else 256, lanes=128)
+    logits = (3 * torch.randn(1, 5, 600, dtype=torch.float64)).to(dtype)
+    logits[0, 2, :500] = -math.inf
     logits[0, 3, 321] = math.nan
-    targets = torch.tensor([[0, 1299, 1200, 7, 1024]])
+    targets = torch.tensor([[0, 599, 550, 7, 512]])
     mask = torch.tensor([[True, False, True, True, True]])
     for given in (None, mask):
         got = row_stats(
