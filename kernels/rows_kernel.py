@@ -77,6 +77,40 @@ def write_results(place, here, m, log_sum, mean, k, w_target, logprob_ptr, entro
         tl.store(log_sum_ptr + place, log_sum, mask=here)
 
 
+@triton.jit
+def write_far_rows(
+    first_row,
+    is_far,
+    m,
+    k,
+    w_target,
+    logits_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    inner,
+    stride_outer,
+    stride_inner,
+    FLAT: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    VOCAB: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Write again the results of those rows of a group, a warp's each, whose peaks are beyond NEAR: one by one."""
+    warp = tl.arange(0, LANES // 32)[:, None]
+    for i in tl.range(GROUP):
+        this = is_far & (warp == i)
+        if tl.max(this.to(tl.int32)) > 0:
+            row = first_row + i
+            row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
+            peak = tl.max(tl.where(this, m, FLOOR))
+            w = tl.sum(tl.where(this, w_target, 0.0))
+            log_sum = log_of_peaks(row_ptr, peak, VOCAB, LANES)
+            write_results(row, True, peak, log_sum, 0.0, k, w, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+
+
 @triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag"])
 def row_stats_kernel(
     logits_ptr,
@@ -126,6 +160,7 @@ def row_stats_kernel(
     With a list, whoever is free takes the next unit. With a mask, programs whose row is masked end at once; where rows
     are so short that one warp reads them, it strides from row to row, and knows ahead whether the next one is masked.
     """
+    # as `rows.Forward` launches fewer programs then
     STRIDES: tl.constexpr = mask_ptr is not None and SEGMENTS == 1 and LANES == 32
     SETS: tl.constexpr = SEGMENTS * (LANES // 32)
     ROW_WORDS: tl.constexpr = 4 * SETS
@@ -244,26 +279,26 @@ def row_stats_kernel(
             if PAIRS:
                 is_far = is_read & (tl.abs(m * alpha) > NEAR)
                 if tl.max(is_far.to(tl.int32)) > 0:
-                    for i in tl.range(GROUP):
-                        this = is_far & (warps[:, None] == i)
-                        if tl.max(this.to(tl.int32)) > 0:
-                            far_ptr = start_of(row + i, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
-                            peak = tl.max(tl.where(this, m, FLOOR))
-                            w = tl.sum(tl.where(this, w_target, 0.0))
-                            log_sum_far = log_of_peaks(far_ptr, peak, VOCAB, LANES)
-                            write_results(
-                                row + i,
-                                True,
-                                peak,
-                                log_sum_far,
-                                0.0,
-                                k,
-                                w,
-                                logprob_ptr,
-                                entropy_ptr,
-                                peak_ptr,
-                                log_sum_ptr,
-                            )
+                    write_far_rows(
+                        row,
+                        is_far,
+                        m,
+                        k,
+                        w_target,
+                        logits_ptr,
+                        logprob_ptr,
+                        entropy_ptr,
+                        peak_ptr,
+                        log_sum_ptr,
+                        inner,
+                        stride_outer,
+                        stride_inner,
+                        FLAT,
+                        SEQUENCES,
+                        VOCAB,
+                        LANES,
+                        GROUP,
+                    )
             ends = True
         if SEQUENCES and ends:
             outer = row // inner
