@@ -25,8 +25,6 @@ from entropy_fast.kernels.settings import (
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
-# Short rows that a program takes where some may be masked: as many started in vain would take as long as those read.
-STRIDES = 4
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -127,6 +125,7 @@ class Forward:
             vocab,
             # rows a constant apart
             not sequences and (outer == 1 or logits.stride(0) == inner * logits.stride(1)),
+            mask is not None,
             bias is not None,
             transform.softcap is not None,
             has_pairs(transform.factor),
@@ -135,16 +134,14 @@ class Forward:
             device,
             packed_instructions(device),
         )
-        segments, group = variant.constants["SEGMENTS"], variant.constants["GROUP"]
+        segments, group, together = (variant.constants[name] for name in ("SEGMENTS", "GROUP", "TOGETHER"))
         # zeros in words of 4 bytes: what passes from program to program, and the rows of each sequence that are done
         self._wide = dtype == torch.float64
         self._sets = rows * segments * settings.warps * dtype.itemsize if segments > 1 else 0
         self._arrivals = outer if sequences else 0
         groups = ceil_div(rows, group)
         # rows that are cut have a program for their end, one for each group
-        programs = groups * (segments * group + (segments > 1))
-        if mask is not None and segments == 1 and settings.warps == 1:
-            programs = ceil_div(rows, STRIDES)
+        programs = ceil_div(groups * (segments * group + (segments > 1)), together)
         # twice as many rows as are being read at a time: when they end, their segments are done
         lag = ceil_div(2 * multiprocessors(device) * settings.resident, segments * group)
         if sequences:
@@ -214,6 +211,7 @@ def _variant(
     width: int,
     vocab: int,
     flat: bool,
+    has_mask: bool,
     has_bias: bool,
     softcap: bool,
     paired: bool,
@@ -263,6 +261,7 @@ def _variant(
             "WIDTH": width,
             "DEPTH": depth,
             "WORDS": words,
+            "TOGETHER": settings.together if has_mask and segments == 1 else 1,
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
         enable_fp_fusion=False,

@@ -45,9 +45,8 @@ def unit_at(unit, groups, lag, ITEMS: tl.constexpr):
 
 
 @triton.jit
-def start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Where a row's logits begin."""
-    outer = 0 if FLAT else row // inner
+def start_of(row, outer, logits_ptr, inner, stride_outer, stride_inner, FLAT: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Where a row's logits begin; `outer` is row // inner, or 0 where rows are a constant apart."""
     # the token in a column is scored by the logits of the column before it
     column = row - outer * inner - SEQUENCES
     row_ptr = logits_ptr + column.to(tl.int64) * stride_inner
@@ -104,7 +103,8 @@ def write_far_rows(
         this = is_far & (warp == i)
         if tl.max(this.to(tl.int32)) > 0:
             row = first_row + i
-            row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
+            outer = 0 if FLAT else row // inner
+            row_ptr = start_of(row, outer, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
             peak = tl.max(tl.where(this, m, FLOOR))
             w = tl.sum(tl.where(this, w_target, 0.0))
             log_sum = log_of_peaks(row_ptr, peak, VOCAB, LANES)
@@ -153,15 +153,14 @@ def row_stats_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     WORDS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
     """One program a unit of work: a row or, of rows that are cut, a segment or the end of GROUP rows.
 
-    With a list, whoever is free takes the next unit. With a mask, programs whose row is masked end at once; where rows
-    are so short that one warp reads them, it strides from row to row, and knows ahead whether the next one is masked.
+    With a list, whoever is free takes the next unit. With a mask, programs whose row is masked end at once; or each has
+    TOGETHER rows, and reads those that are not.
     """
-    # as `rows.Forward` launches fewer programs then
-    STRIDES: tl.constexpr = mask_ptr is not None and SEGMENTS == 1 and LANES == 32
     SETS: tl.constexpr = SEGMENTS * (LANES // 32)
     ROW_WORDS: tl.constexpr = 4 * SETS
     ITEMS: tl.constexpr = SEGMENTS * GROUP
@@ -181,9 +180,15 @@ def row_stats_kernel(
         unit = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
     groups = tl.cdiv(places, GROUP)
     units = groups * (ITEMS + (SEGMENTS > 1))
-    is_next = False
-    if STRIDES:
-        is_next = tl.load(mask_ptr + unit) != 0
+    wanted = 0
+    if TOGETHER > 1:
+        unit *= TOGETHER
+        units = tl.minimum(unit + TOGETHER, units)
+        index = tl.arange(0, TOGETHER)
+        is_here = unit + index < units
+        is_read = is_here & (tl.load(mask_ptr + unit + index, mask=is_here, other=0) != 0)
+        write_zeros(unit + index, is_here & (is_read == 0), logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+        wanted = tl.sum(is_read.to(tl.int32) << index, 0)
     while unit < units:
         group = unit
         item = 0
@@ -197,16 +202,17 @@ def row_stats_kernel(
             if active_ptr is not None:
                 row = tl.load(active_ptr + row)
             if mask_ptr is not None:
-                if STRIDES:
-                    is_active = is_next
-                    next_row = row + tl.num_programs(0)
-                    is_next = tl.load(mask_ptr + next_row, mask=next_row < rows, other=0) != 0
+                if TOGETHER > 1:
+                    is_active = wanted % 2 != 0
+                    wanted //= 2
                 else:
                     is_active &= tl.load(mask_ptr + row, mask=is_active, other=0) != 0
-                if SEGMENTS == 1:
+                if SEGMENTS == 1 and TOGETHER == 1:
                     write_zeros(row, is_active == 0, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+            # before the row is read: a division takes long
+            outer = 0 if FLAT else row // inner
             if is_active:
-                row_ptr = start_of(row, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
+                row_ptr = start_of(row, outer, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)
                 part = item % SEGMENTS
                 # a row of one segment ends where it is read, and the target's logit comes along
                 target = tl.load(targets_ptr + row) if SEGMENTS == 1 else None
@@ -251,6 +257,7 @@ def row_stats_kernel(
             row = first_row
             if active_ptr is not None:
                 row = tl.load(active_ptr + row)
+            outer = 0 if FLAT else row // inner
             # A warp for each row. Addresses are those of places side by side, of which the first is wanted: so the
             # compiler leaves all numbers in the threads that have them.
             lane = tl.arange(0, 32)[None, :]
@@ -264,7 +271,10 @@ def row_stats_kernel(
             place = rows_here[:, None] + lane
             here = row_is_here[:, None] & (lane == 0)
             is_read = row_is_read[:, None] & (lane == 0)
-            row_ptr = start_of(rows_here, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES)[:, None]
+            outers_here = 0 if FLAT else rows_here // inner
+            row_ptr = start_of(
+                rows_here, outers_here, logits_ptr, inner, stride_outer, stride_inner, FLAT, SEQUENCES
+            )[:, None]
             logit = target_entry(row_ptr, target, is_read, VOCAB)
             words_ptr = sets_ptr + rows_here[:, None].to(tl.int64) * ROW_WORDS
             m, n, r, e = take_sets(words_ptr, lane, row_is_read[:, None], alpha, least, ACC, SETS, PACKED > 0)
@@ -301,7 +311,6 @@ def row_stats_kernel(
                     )
             ends = True
         if SEQUENCES and ends:
-            outer = row // inner
             tl.debug_barrier()
             done = tl.atomic_add(arrivals_ptr + outer, 1, sem="acq_rel") + 1
             if done == tl.load(pending_ptr + outer):
@@ -319,8 +328,8 @@ def row_stats_kernel(
                 )
         if active_ptr is not None:
             unit = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
-        elif STRIDES:
-            unit += tl.num_programs(0)
+        elif TOGETHER > 1:
+            unit += 1
         else:
             # no more than one turn, said so that the compiler sees it
             unit = units

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
         resident: programs that a multiprocessor runs at once.
         registers: most registers of a thread, where the compiler's own choice costs residency.
         words: whether 16-bit rows that may start on any 2 bytes are read as aligned words.
+        together: rows side by side that a program takes where some may be masked; a power of two.
     """
 
     unroll: int
@@ -33,6 +34,7 @@ class Settings(NamedTuple):
     resident: int
     registers: int | None = None
     words: bool = False
+    together: int = 1
 
     @property
     def warps(self) -> int:
@@ -59,7 +61,7 @@ class BackwardSettings(NamedTuple):
 # chose them, timed as by `python -m bench.tune`, few and masked rows too; explained in bench/NOTES.md.
 FORWARD = {
     "sm90": (
-        (4096, None, Settings(4, 32, 65536, 1, 32, 64)),
+        (4096, None, Settings(4, 32, 65536, 1, 32, 64, together=4)),
         (2**40, True, Settings(4, 128, 24576, 1, 8, 64, True)),
         (16384, None, Settings(8, 128, 65536, 0, 8, 64)),
         (32768, None, Settings(8, 128, 65536, 0, 5, 96)),

@@ -25,11 +25,11 @@ def test_in_the_interpreter(which):
     run_interpreted(__file__, "-k", which)
 
 
-def small(segment=128, words=False, lanes=32):
+def small(segment=128, words=False, lanes=32, together=1):
     """Settings with blocks of 8 numbers of 16 bits a lane, and segments of so many bytes."""
     from entropy_fast.kernels.settings import Settings
 
-    return Settings(1, lanes=lanes, segment=segment, depth=1, resident=2, words=words)
+    return Settings(1, lanes=lanes, segment=segment, depth=1, resident=2, words=words, together=together)
 
 
 # bf16 without bias and softcap is read in words of two
@@ -384,15 +384,16 @@ def test_rows_with_more_sets_than_a_warp_has_lanes_end_in_groups(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 4, 5, 14])
 def test_masked_short_rows_are_what_they_are_without_a_mask(rows, device):
-    """A program strides from row to row."""
+    """A program takes four rows."""
     from entropy_fast.kernels.rows import row_stats
 
+    settings = small(4096, together=4)
     logits, targets = 3 * torch.randn(1, rows, 100, device=device), torch.randint(100, (1, rows), device=device)
-    whole = row_stats(logits, targets, None, None, _plain(), small(4096))
+    whole = row_stats(logits, targets, None, None, _plain(), settings)
     assert_close([t.cpu() for t in whole], reference(logits.cpu(), targets.cpu()), 3e-6)
     for mask in (torch.rand(1, rows) < 0.5, torch.zeros(1, rows) > 0, torch.ones(1, rows) > 0):
         given = mask.to(device)
-        got = row_stats(logits, targets, given, None, _plain(), small(4096))
+        got = row_stats(logits, targets, given, None, _plain(), settings)
         for some, every in zip(got, whole, strict=True):
             assert torch.equal(some, every.where(given, 0))
 
@@ -539,7 +540,7 @@ def _forward_variant(target, logits_type, vocab, everything, aligned):
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
-    flags = (not everything, everything, everything, True, everything, True)
+    flags = (not everything, not everything, everything, everything, True, everything, True)
     packed = target[1] // 10 if target[0] == "cuda" else 0
     variant = _variant(forward_settings(rows), arithmetic, itemsize, width, odd, *flags, torch.device("cuda"), packed)
     segments = variant.constants["SEGMENTS"]
