@@ -1,6 +1,6 @@
 """Log-prob and entropy from logits beside the read floor, the copy rate and every peer that is installed.
 
-    python -m bench logits [--shapes 8192x128256 ...] [--dtype bfloat16] [--out bench/results/h100-logits.json]
+    python -m bench logits [--shapes 8192x128256 ...] [--dtype bfloat16] [--softcap 30] [--out result.json]
 
 All in one run. The floor of the forward is one plain read of the logits, that of the backward a copy of them. Errors
 are against float64 over the first rows; a peer that is not installed is left out, one that fails is named on stderr.
@@ -8,7 +8,7 @@ TRL's and this project's functions give log-prob and entropy, the rest the log-p
 Quack's and fla's as a loss, whose sign is changed outside of the time. The line `host` is what one call costs the host
 on a small input, `first call` what a user waits for the first one, in a process of its own where nothing was ever
 compiled. Up to 1024 rows, `forward, in a graph` is the time of a call in a CUDA graph, over as many inputs as no cache
-holds: what is left when submitting costs nothing.
+holds: what is left when submitting costs nothing. With a softcap torch alone is a peer: the rest have none to set.
 """
 
 from __future__ import annotations
@@ -50,19 +50,30 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 Function = Callable[[torch.Tensor, torch.Tensor], Pair]
 
 
-def ours(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits bounded by a softcap, where there is one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def ours(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> Pair:
     """This project."""
-    return token_stats(logits, targets)[:2]
+    return token_stats(logits, targets, softcap=softcap)[:2]
 
 
-def eager(logits: torch.Tensor, targets: torch.Tensor) -> Pair:
+def eager(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> Pair:
     """Float32 log-softmax in one piece."""
-    logp = torch.log_softmax(logits.float(), -1)
+    logp = torch.log_softmax(capped(logits.float(), softcap), -1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def peers() -> dict[str, tuple[Function, str]]:
-    """Importable peers: name -> (function, what it gives)."""
+def plain_torch(softcap: float | None) -> dict[str, tuple[Function, str]]:
+    """Torch's own: name -> (function, what it gives)."""
+    function = partial(eager, softcap=softcap)
+    return {"torch eager": (function, BOTH), "torch compiled": (torch.compile(function, dynamic=False), BOTH)}
+
+
+def libraries() -> dict[str, tuple[Function, str]]:
+    """Importable libraries: name -> (function, what it gives)."""
     found: dict[str, tuple[Function, str]] = {}
     try:
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
@@ -92,21 +103,20 @@ def peers() -> dict[str, tuple[Function, str]]:
         found["fla"] = (lambda x, y: (cross_entropy_loss(x, y)[0], None), LOSS)
     except ImportError:
         pass
-    found["torch eager"] = (eager, BOTH)
-    found["torch compiled"] = (torch.compile(eager, dynamic=False), BOTH)
     return found
 
 
 class Case:
     """One shape: its tensors, its floors and the rows of the result."""
 
-    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, softcap: float | None, device: str) -> None:
         g = torch.Generator(device).manual_seed(rows + vocab)
         self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
         for part in self.logits.split(1024):
             part.copy_(3 * torch.randn(part.shape, generator=g, device=device))
         self.targets = torch.randint(vocab, (rows,), generator=g, device=device)
-        self.exact = float64_stats(self.logits[:CHECKED_ROWS], self.targets[:CHECKED_ROWS])
+        self.softcap = softcap
+        self.exact = float64_stats(capped(self.logits[:CHECKED_ROWS].double(), softcap), self.targets[:CHECKED_ROWS])
         self.facts = {"shape": {"rows": rows, "vocab": vocab}, "dtype": str(dtype).removeprefix("torch.")}
         self.rows: list[dict[str, Any]] = []
 
@@ -133,7 +143,7 @@ class Case:
             except Exception as error:
                 name_failure(name, error)
         mask = torch.arange(len(self.targets), device=self.targets.device) % 2 == 0
-        ms = median_ms(lambda: token_stats(self.logits, self.targets, mask=mask))
+        ms = median_ms(lambda: token_stats(self.logits, self.targets, mask=mask, softcap=self.softcap))
         self.add("forward, half masked", "entropy_fast", BOTH, ms, floor)
 
     def backward(self, functions: dict[str, tuple[Function, str]]) -> None:
@@ -175,7 +185,7 @@ class Case:
         """The operator that writes over the logits, again and again over the same ones: its time knows no values."""
         operators = torch.ops.entropy_fast
         temperature = torch.tensor(1.0, dtype=torch.float64)
-        inputs = (self.targets, None, None, temperature, 1.0, None)
+        inputs = (self.targets, None, None, temperature, 1.0, self.softcap)
         x = self.logits.clone()
         stats = operators.row_stats(x, *inputs)
         ones = torch.ones_like(stats[0])
@@ -210,21 +220,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxVOCAB")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    parser.add_argument("--softcap", type=float, help="bounds the logits, by softcap · tanh(· / softcap)")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    functions: dict[str, tuple[Function, str]] = {"entropy_fast": (ours, BOTH)}
+    softcap = options.softcap
+    functions: dict[str, tuple[Function, str]] = {"entropy_fast": (partial(ours, softcap=softcap), BOTH)}
     if not options.without_peers:
-        functions |= peers()
+        functions |= (libraries() if softcap is None else {}) | plain_torch(softcap)
     dtype = getattr(torch, options.dtype)
     shapes = [(int(rows), int(vocab)) for rows, vocab in (shape.split("x") for shape in options.shapes)]
     rows = host_rows(device) + first_call()
     for shape in shapes:
         # without this, from its ninth shape on, torch.compile gives up and runs eagerly
         torch._dynamo.reset()
-        case = Case(*shape, dtype, device)
+        case = Case(*shape, dtype, softcap, device)
         case.forward(functions)
         if not options.forward_only:
             case.backward(functions)
@@ -234,7 +246,7 @@ def main() -> None:
     for shape in shapes:
         if device == "cuda" and shape[0] <= GRAPH_ROWS:
             torch._dynamo.reset()
-            case = Case(*shape, dtype, device)
+            case = Case(*shape, dtype, softcap, device)
             case.in_a_graph(functions)
             rows += case.rows
             del case

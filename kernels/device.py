@@ -10,6 +10,19 @@ LOWEST = tl.constexpr(-1e30)
 TANH_NEAR_ZERO = tl.constexpr(0.6)
 
 
+@triton.constexpr_function
+def tanh_term(i):
+    """What tanh's polynomial has before x^(2i + 3)."""
+    return (-3.333333e-1, 1.3332924e-1, -5.387514e-2, 2.111621e-2, -6.27639e-3)[i]
+
+
+@tl.core.extern
+def assembly(code, constraints, operands, results, dtype, pure, _semantic=None):
+    """`tl.inline_asm_elementwise` with any number of results, all of one dtype, which a kernel cannot say."""
+    types = (dtype,) * int(results)
+    return tl.inline_asm_elementwise(code, constraints, operands, types, is_pure=pure, pack=1, _semantic=_semantic)
+
+
 @triton.jit
 def log1p_below_half(x):
     """log(1 + x) for 0 ≤ x ≤ ½ without cancellation, as 2 artanh(t), t = x / (2 + x) ≤ 1/5, to the precision of x."""
@@ -52,11 +65,10 @@ def gradient_at_target(logprob, entropy, g, g_entropy, g_lse):
 def tanh_near_zero(x):
     """tanh of float32 numbers below TANH_NEAR_ZERO in size: an odd polynomial, fitted, relative error 8e-8."""
     u = x * x
-    poly = -6.27639e-3
-    poly = poly * u + 2.111621e-2
-    poly = poly * u - 5.387514e-2
-    poly = poly * u + 1.3332924e-1
-    poly = poly * u - 3.333333e-1
+    poly = tanh_term(4) * u + tanh_term(3)
+    poly = poly * u + tanh_term(2)
+    poly = poly * u + tanh_term(1)
+    poly = poly * u + tanh_term(0)
     return x + x * (u * poly)
 
 

@@ -128,7 +128,7 @@ class Forward:
             mask is not None,
             bias is not None,
             transform.softcap is not None,
-            has_pairs(transform.factor),
+            has_pairs(transform.factor, transform.squeeze),
             sequences,
             include_eos,
             device,
@@ -223,9 +223,9 @@ def _variant(
     narrow = width * itemsize < 8
     words = settings.words and narrow and itemsize == 2
     width = 8 if words else width
+    pairs = paired and not has_bias and itemsize == 2 and (words or width > 1)
     # what takes many instructions an element, and registers beyond the table's limit
-    heavy = has_bias or softcap or itemsize == 8
-    pairs = paired and not heavy and itemsize == 2 and (words or width > 1)
+    heavy = has_bias or (softcap and not pairs) or itemsize == 8
     most = None if heavy else settings.registers
     if itemsize == 8:
         # left to itself, the assembler takes fewer than it needs, and spills
@@ -233,9 +233,9 @@ def _variant(
     elif most is not None and (sequences or not pairs):
         # sums over sequences take a few, and what is not packed
         most = max(most, 72 if sequences and words else 56)
-    # what is not packed takes a register each, and more where much is done with it or each has a load of its own
+    # what is unpacked takes a register each, and more where much is done with it or each has a load of its own
     unpacked = (1 if width == 1 else 2) if heavy else 4
-    unroll = settings.unroll if pairs else min(settings.unroll, unpacked)
+    unroll = settings.unroll if pairs and not softcap else min(settings.unroll, unpacked)
     # as many loads on their way
     depth = settings.unroll * (settings.depth + 1) // unroll - 1
     if heavy:

@@ -16,6 +16,7 @@ Who waits does so for programs that started before (`rows_kernel.unit_at`), as t
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.device import assembly
 from entropy_fast.kernels.rows_sums import FLOOR, merge
 
 
@@ -57,13 +58,6 @@ def constraints(count):
     return "=&r," * (4 * count) + "l,r"
 
 
-@tl.core.extern
-def assembly(code, constraints, operands, results, _semantic=None):
-    """`tl.inline_asm_elementwise` with any number of words as results, which a kernel cannot say."""
-    types = (tl.int32,) * int(results)
-    return tl.inline_asm_elementwise(code, constraints, operands, types, is_pure=False, pack=1, _semantic=_semantic)
-
-
 @triton.jit
 def load_four(pointer, wanted):
     """Four words from each pointer on, as they are now; 0 where they are not wanted."""
@@ -81,7 +75,7 @@ def take_words(place, left, COUNT: tl.constexpr, NVIDIA: tl.constexpr):
     The others are anything.
     """
     if NVIDIA and place.dtype.element_ty == tl.int32:
-        words = assembly(taking(COUNT), constraints(COUNT), [place, left], 4 * COUNT)
+        words = assembly(taking(COUNT), constraints(COUNT), [place, left], 4 * COUNT, tl.int32, False)
     else:
         words = ()
         for i in tl.static_range(COUNT):

@@ -7,7 +7,7 @@ itself would hold a register while in flight, in words of two it holds half of o
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.rows_pairs import halves
+from entropy_fast.kernels.rows_words import halves
 
 
 @triton.jit

@@ -2,11 +2,12 @@
 
 Each of LANES lanes keeps its own sums over UNROLL × WIDTH elements a block, so that no thread waits for another until
 the segment ends. The blocks of a segment are written out one by one, with loads to registers DEPTH blocks ahead and
-without masks but where the row may end. What takes many instructions an element (softcap, bias, float64) is a loop
-instead, which waits for no memory anyway.
+without masks but where the row may end. What takes many instructions an element (bias, float64, other softcaps than
+those of words) is a loop instead, which waits for no memory anyway.
 
-16-bit logits without bias or softcap stay in words of two until they are added (PAIRS, see `rows_pairs`). 16-bit rows
-that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (WORDS, see `rows_loads`).
+16-bit logits without bias stay in words of two until they are added (PAIRS, see `rows_pairs` and `rows_softcap`). Rows
+of them that start on any 2 bytes are read as aligned words of 4 bytes, each shifted into the next (WORDS, see
+`rows_loads`).
 """
 
 import triton
@@ -14,8 +15,9 @@ import triton.language as tl
 
 from entropy_fast.kernels.device import tanh
 from entropy_fast.kernels.rows_loads import load_block
-from entropy_fast.kernels.rows_pairs import absorb_pairs, far_pair, keep_first, sets_of
+from entropy_fast.kernels.rows_pairs import absorb_pairs, far_pair, sets_of
 from entropy_fast.kernels.rows_sums import absorb, empty_sets, left_at
+from entropy_fast.kernels.rows_words import finite, keep_first
 
 
 @triton.jit
@@ -77,7 +79,7 @@ def read_segment(
     raw_target = tl.zeros([], ELEMENT)
     m, n, r, e = empty_sets(LANES, ACC)
     if WRITTEN_OUT:
-        far = far_pair(alpha) if PAIRS else None
+        far = far_pair(alpha) if PAIRS and tl.bfloat16 == ELEMENT and not SOFTCAP else None
         peaks = None
         reference = None
         ahead = ()
@@ -108,19 +110,22 @@ def read_segment(
                 left = length - (i - DEPTH) * BLOCK
                 w = tl.reshape(ahead[0], [ahead[0].shape[0] // (LANES * ITEMS), LANES, ITEMS])
                 ahead = ahead[1:]
+                may_end = LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH
                 if PAIRS:
-                    if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH and (WORDS or VOCAB % WIDTH != 0):
+                    if SOFTCAP:
+                        w = finite(w, ELEMENT, PACKED)
+                    if may_end and (SOFTCAP or WORDS or VOCAB % WIDTH != 0):
                         w = keep_first(w, left, ELEMENT)
                     peaks, reference, r, e = absorb_pairs(
-                        w, peaks, reference, r, e, alpha, least, far, ELEMENT, PACKED, i == DEPTH
+                        w, peaks, reference, r, e, alpha, least, far, squeeze, ELEMENT, PACKED, SOFTCAP, i == DEPTH
                     )
                 else:
                     w = w.to(ACC)
-                    if LAST - (i - DEPTH) * BLOCK < w.shape[0] * LANES * WIDTH:
+                    if may_end:
                         w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
                     m, n, r, e = absorb(w, m, n, r, e, alpha, least, i == DEPTH)
         if PAIRS:
-            m, n, r, e = sets_of(peaks, reference, r, e, alpha, ELEMENT)
+            m, n, r, e = sets_of(peaks, reference, r, e, alpha, squeeze, ELEMENT, PACKED, SOFTCAP)
     else:
         if target is not None:
             raw_target = target_entry(row_ptr, target, True, VOCAB)

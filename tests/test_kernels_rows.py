@@ -238,6 +238,72 @@ def test_words_of_two(dtype, vocab, segment):
     assert out.entropy[0, 3:].isnan().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("vocab", "segment", "words"), [(256, 4096, False), (300, 256, False), (131, 4096, True), (300, 256, True)]
+)
+def test_softcapped_words_of_two(dtype, vocab, segment, words, device):
+    """Rows near 0, where a polynomial is all it takes, and far from it; −inf is the lowest logit, +inf the highest."""
+    from entropy_fast.kernels.rows import Forward
+    from entropy_fast.reference.transform import Transform
+
+    # behind every row lies what would show if it were part of it
+    base = torch.full((1, 8, 305 if words else 304), math.nan, dtype=dtype)
+    logits = base[..., :vocab].copy_(3 * torch.randn(1, 8, vocab))
+    targets = torch.randint(vocab, (1, 8))
+    targets[0, 0] = vocab - 1
+    logits[0, 1] *= 12
+    logits[0, 2, 1::2], targets[0, 2] = -math.inf, 1
+    logits[0, 3], logits[0, 4, vocab // 2] = -math.inf, math.inf
+    logits[0, 5] = torch.finfo(dtype).min
+    logits[0, 5, 0], targets[0, 5] = 9.0, 0
+    logits[0, 6, vocab - 1] = math.nan
+    logits[0, 7], logits[0, 7, 40] = -7.0, 60.0
+    for softcap in (4.0, 30.0):
+        transform = Transform(0.75, 1.0, softcap)
+        on_device = base.to(device)[..., :vocab]
+        given = on_device, targets.to(device)
+        forward = Forward(*given, None, None, transform, small(segment, words=words, lanes=64))
+        assert forward._kernel._rest[2].constants["PAIRS"]
+        got = [t.cpu() for t in forward(*given, None, None)]
+        # two numbers tanh of which is rounded, once and by its last step, make a log-prob
+        bound = 3e-6 + 4 * 2.0**-24 * transform.factor
+        assert_close(got, reference(logits, targets, None, None, transform), bound)
+
+
+@interpreted
+def test_a_confident_softcapped_row_keeps_its_digits():
+    from entropy_fast.kernels.rows import row_stats
+    from entropy_fast.reference.transform import Transform
+
+    for low, high in ((-3.0, 1.5), (-40.0, 12.0), (-90.0, 90.0)):
+        logits = torch.full((1, 1, 100), low, dtype=torch.bfloat16)
+        logits[0, 0, 57] = high
+        out = row_stats(logits, torch.tensor([[57]]), None, None, Transform(0.25, 1.0, 8.0), small())
+        gap = 32 * (math.tanh(high / 8) - math.tanh(low / 8))
+        rest = 99 * math.exp(-gap)
+        assert float(out.logprob) == pytest.approx(-math.log1p(rest), rel=2e-5)
+        assert float(out.entropy) == pytest.approx(math.log1p(rest) + gap * rest / (1 + rest), rel=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("transform", [(1.0, 8.0, 4.0), (1.0, -1.0, 4.0), (1e-6, 1.0, 4.0), (1.0, 1.0, 1e5)])
+def test_softcaps_out_of_proportion_are_worked_out_one_by_one(transform):
+    """Where words would overflow, fall, or leave −inf above the lowest logit."""
+    from entropy_fast.kernels.rows import Forward
+    from entropy_fast.reference.transform import Transform
+
+    transform = Transform(*transform)
+    logits, targets = (3 * torch.randn(1, 3, 100)).half(), torch.randint(100, (1, 3))
+    logits[0, 1, ::3] = -math.inf
+    forward = Forward(logits, targets, None, None, transform, small())
+    assert not forward._kernel._rest[2].constants["PAIRS"]
+    expected = reference(logits, targets, None, None, transform)
+    for a, e in zip(forward(logits, targets, None, None)[:2], expected[:2], strict=True):
+        assert ((a - e).abs() <= 3e-6 + 4 * 2.0**-24 * transform.factor).all()
+
+
 @interpreted
 @with_pairs
 def test_strides(dtype):
@@ -526,7 +592,7 @@ def _compile(kernel, logits_type, constants, target, **options):
     return triton.compile(source, target=GPUTarget(backend, arch, 64 if backend == "hip" else 32), options=options)
 
 
-def _forward_variant(target, logits_type, vocab, everything, aligned):
+def _forward_variant(target, logits_type, vocab, everything, aligned, softcap=False):
     """What the launcher would compile, and the constants with the tensors that are not there."""
     from entropy_fast.kernels.rows import _variant
     from entropy_fast.kernels.settings import forward_settings
@@ -540,7 +606,7 @@ def _forward_variant(target, logits_type, vocab, everything, aligned):
     width = 16 // itemsize if aligned else 1
     # an odd vocabulary is what makes rows start anywhere
     odd = vocab if aligned else vocab + 1
-    flags = (not everything, not everything, everything, everything, True, everything, True)
+    flags = (not everything, not everything, everything, everything or softcap, True, everything, True)
     packed = target[1] // 10 if target[0] == "cuda" else 0
     variant = _variant(forward_settings(rows), arithmetic, itemsize, width, odd, *flags, torch.device("cuda"), packed)
     segments = variant.constants["SEGMENTS"]
@@ -551,6 +617,18 @@ def _forward_variant(target, logits_type, vocab, everything, aligned):
         absent += ["bias_ptr", "active_ptr", "counters_ptr", "arrivals_ptr", "pending_ptr", "eos_column_ptr"]
         absent += ["sums_ptr"]
     return variant, variant.constants | dict.fromkeys(absent)
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS)
+def test_softcapped_forward_compiles_without_spills(target, tmp_path):
+    from entropy_fast.kernels.rows import row_stats_kernel
+
+    variant, constants = _forward_variant(target, "*bf16", 256000, False, True, softcap=True)
+    assert constants["PAIRS"]
+    compiled = _compile(row_stats_kernel, "*bf16", constants, target, **variant.options)
+    if target == ("cuda", 90):
+        assert stack_bytes(compiled, tmp_path) == 0
 
 
 @compiles
