@@ -180,17 +180,18 @@ def first_call_rows(shape: dict[str, int], prepare: str, call: str, **facts: Any
     return [row | {"ms": float(done.stdout.split()[-1]), "of_floor": 1.0, **UNMEASURED}]
 
 
-def host_us(call: Callable[[], Any], repeats: int = 300) -> float:
-    """What a call costs the host, in microseconds: many in a row, without waiting for the device."""
-    for _ in range(10):
-        call()
+def host_us(call: Callable[[], Any], repeats: int = 100, times: int = 11) -> float:
+    """What a call costs the host, in microseconds: many in a row, without waiting for the device; median of times."""
+    costs = []
+    for _ in range(times + 1):
+        _wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        costs.append(1e6 * (time.perf_counter() - start) / repeats)
     _wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    cost = 1e6 * (time.perf_counter() - start) / repeats
-    _wait()
-    return cost
+    # the first is to warm up
+    return statistics.median(costs[1:])
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import LOG2E, LOWEST, tanh
+from entropy_fast.kernels.device import LOG2E, LOWEST
 from entropy_fast.kernels.launch import Variant, launch
+from entropy_fast.kernels.tanh import tanh
 
 MAX_WIDTH = 256
 

@@ -6,14 +6,6 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 # Far below any difference of logits, and finite: 0 · LOWEST is 0 where 0 · (−inf) would be NaN.
 LOWEST = tl.constexpr(-1e30)
-# Up to here tanh's polynomial holds.
-TANH_NEAR_ZERO = tl.constexpr(0.6)
-
-
-@triton.constexpr_function
-def tanh_term(i):
-    """What tanh's polynomial has before x^(2i + 3)."""
-    return (-3.333333e-1, 1.3332924e-1, -5.387514e-2, 2.111621e-2, -6.27639e-3)[i]
 
 
 @tl.core.extern
@@ -59,29 +51,3 @@ def gradient_at_target(logprob, entropy, g, g_entropy, g_lse):
     """d(g · log-prob + gH · entropy + gL · log-sum-exp) / d(the target's logit), with the digits of 1 − p as p → 1."""
     pull = tl.exp(logprob) * (g_lse - g_entropy * (tl.maximum(logprob, LOWEST) + entropy))
     return g * one_minus_exp(logprob) + pull
-
-
-@triton.jit
-def tanh_near_zero(x):
-    """tanh of float32 numbers below TANH_NEAR_ZERO in size: an odd polynomial, fitted, relative error 8e-8."""
-    u = x * x
-    poly = tanh_term(4) * u + tanh_term(3)
-    poly = poly * u + tanh_term(2)
-    poly = poly * u + tanh_term(1)
-    poly = poly * u + tanh_term(0)
-    return x + x * (u * poly)
-
-
-@triton.jit
-def tanh_far(x):
-    """tanh by an exponential, without overflow at either end; near 0 with an absolute error of a rounding of 1."""
-    size = 1.0 - 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * LOG2E)))
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit
-def tanh(x):
-    """tanh to the precision of x: the polynomial near 0, the exponential elsewhere."""
-    if x.dtype == tl.float64:
-        return tanh_far(x)
-    return tl.where(tl.abs(x) < TANH_NEAR_ZERO, tanh_near_zero(x), tanh_far(x))

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import tanh
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
+from entropy_fast.kernels.tanh import tanh
 
 # How a norm applies its weight w to the normed row y: w · round(y), round(w · y), or round((1 + w) · y).
 NormForm = Literal["rounded", "wide", "shifted"]

@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from entropy_fast.kernels.device import TANH_NEAR_ZERO, tanh_far, tanh_near_zero
 from entropy_fast.kernels.linear_tiles import LOG2E, LOWEST, tile_of
+from entropy_fast.kernels.tanh import NEAR_ZERO, tanh_far, tanh_near_zero
 
 # Renamed in Triton 3.7 or later.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -188,11 +188,11 @@ def _worker(
         if SOFTCAP:
             acc = acc * squeeze
             # the tile's largest decides how, not what: either way an element gets the same bits
-            if gl.max(gl.max(gl.abs(acc), 1), 0) < TANH_NEAR_ZERO:
+            if gl.max(gl.max(gl.abs(acc), 1), 0) < NEAR_ZERO:
                 acc = tanh_near_zero(acc)
             else:
                 # 0 in place of the large ones: what both branches compute is moved before them, and fills registers
-                far = gl.abs(acc) >= TANH_NEAR_ZERO
+                far = gl.abs(acc) >= NEAR_ZERO
                 acc = gl.where(far, tanh_far(acc), tanh_near_zero(gl.where(far, 0.0, acc)))
         if BACKWARD:
             lse = gl.load(lse_ptr + rows, mask=live, other=0.0)

@@ -12,7 +12,7 @@ against a large sum: low·high + high·low + high·high.
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import tanh
+from entropy_fast.kernels.tanh import tanh
 
 # Logits in base 2: one multiplication less per exponential.
 LOG2E = tl.constexpr(1.4426950408889634)

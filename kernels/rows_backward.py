@@ -18,10 +18,17 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import LOG2E, LOWEST, gradient_at_target, gradient_or_zero, tanh
+from entropy_fast.kernels.device import LOG2E, LOWEST, gradient_at_target, gradient_or_zero
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.rows import TRITON_DTYPE
-from entropy_fast.kernels.settings import BackwardSettings, backward_settings, registers, vector_width
+from entropy_fast.kernels.settings import (
+    BackwardSettings,
+    backward_settings,
+    packed_instructions,
+    registers,
+    vector_width,
+)
+from entropy_fast.kernels.tanh import tanh
 from entropy_fast.reference.rows import RowGradients, RowStats, arithmetic_dtype, is_expanded
 from entropy_fast.reference.transform import Transform
 
@@ -34,7 +41,8 @@ FLAT_ELEMENTS = 2**31 - 2**16
 
 @triton.jit
 def gradient(
-    w, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP: tl.constexpr
+    w, bias_ptr, cols, inside, target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some logits w of one row, in their dtype."""
     element: tl.constexpr = w.dtype
@@ -42,7 +50,7 @@ def gradient(
     if bias_ptr is not None:
         w += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(peak.dtype)
     if SOFTCAP:
-        w = tanh(w * squeeze)
+        w = tanh(w * squeeze, NVIDIA)
     d = w - peak
     dw = tl.exp2(d * alpha - offset) * (b0 + b1 * tl.maximum(d, LOWEST))
     dw = tl.where(cols == target, at_target, dw)
@@ -70,8 +78,8 @@ def piece_of_row(
     row, row_begin, begin, size,
     gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr,
     grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy, step_lse, k, alpha, squeeze,
-    ACC: tl.constexpr, SOFTCAP: tl.constexpr, ENDS: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    ACC: tl.constexpr, SOFTCAP: tl.constexpr, NVIDIA: tl.constexpr, ENDS: tl.constexpr, CUT: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write what of a row lies in a piece. ENDS: rows may start anywhere; CUT: pieces may be smaller than BLOCK."""
     place = begin + tl.arange(0, BLOCK)
@@ -103,7 +111,7 @@ def piece_of_row(
         offset = log_sum * LOG2E
         dw = gradient(
             w, bias_ptr, place - row_begin, whole,
-            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+            target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, NVIDIA,
         )  # fmt: skip
         tl.store(gradient_ptr + place, dw, mask=whole)
         if ENDS:  # noqa: SIM102 (one is known to the compiler, the other is not)
@@ -112,7 +120,7 @@ def piece_of_row(
                 w_end = tl.load(source_ptr + end_place, mask=in_end, other=0.0)
                 dw_end = gradient(
                     w_end, bias_ptr, end_place - row_begin, in_end,
-                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP,
+                    target, at_target, peak, alpha, offset, b0, b1, squeeze, SOFTCAP, NVIDIA,
                 )  # fmt: skip
                 tl.store(gradient_ptr + end_place, dw_end, mask=in_end)
     else:
@@ -159,6 +167,7 @@ def row_stats_backward_kernel(
     squeeze: tl.float64,
     ACC: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    NVIDIA: tl.constexpr,
     EVEN: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -198,7 +207,7 @@ def row_stats_backward_kernel(
         row, row_begin, begin, size,
         gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr,
         grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy, step_lse, k, alpha,
-        squeeze, ACC, SOFTCAP, not EVEN, not (EVEN or FLAT), BLOCK, WIDTH,
+        squeeze, ACC, SOFTCAP, NVIDIA, not EVEN, not (EVEN or FLAT), BLOCK, WIDTH,
     )  # fmt: skip
     if FLAT:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if (row_begin + vocab < begin + BLOCK) & (row + 1 < rows):
@@ -206,7 +215,7 @@ def row_stats_backward_kernel(
                 row + 1, row_begin + vocab, begin, size,
                 gradient_ptr, source_ptr, bias_ptr, targets_ptr, mask_ptr, logprob_ptr, entropy_ptr, peak_ptr,
                 log_sum_ptr, grad_logprob_ptr, grad_entropy_ptr, grad_lse_ptr, vocab, step_logprob, step_entropy,
-                step_lse, k, alpha, squeeze, ACC, SOFTCAP, True, False, BLOCK, WIDTH,
+                step_lse, k, alpha, squeeze, ACC, SOFTCAP, NVIDIA, True, False, BLOCK, WIDTH,
             )  # fmt: skip
 
 
@@ -265,6 +274,7 @@ def row_stats_backward(
             width,
             bias is not None,
             logits.device,
+            packed_instructions(logits.device) > 0,
         ),
     )
 
@@ -279,8 +289,9 @@ def _variant(
     width: int,
     has_bias: bool,
     device: torch.device,
+    nvidia: bool,
 ) -> Variant:
-    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "EVEN": even, "FLAT": flat}
+    constants = {"ACC": TRITON_DTYPE[dtype], "SOFTCAP": softcap, "NVIDIA": nvidia, "EVEN": even, "FLAT": flat}
     constants |= {"BLOCK": settings.block, "WIDTH": width}
     # what does not fit into the limit would spill
     crowded = even or softcap or has_bias or dtype == torch.float64

@@ -76,7 +76,7 @@ def target_w(
         w = logit.to(ACC)
         if bias_ptr is not None:
             w += target_entry(bias_ptr, target, wanted, VOCAB).to(ACC)
-        w = softcapped(w, squeeze, SOFTCAP)
+        w = softcapped(w, squeeze, SOFTCAP, PACKED)
     return w
 
 

@@ -13,18 +13,18 @@ of them that start on any 2 bytes are read as aligned words of 4 bytes, each shi
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import tanh
 from entropy_fast.kernels.rows_loads import load_block
 from entropy_fast.kernels.rows_pairs import absorb_pairs, far_pair, sets_of
 from entropy_fast.kernels.rows_sums import absorb, empty_sets, left_at
 from entropy_fast.kernels.rows_words import finite, keep_first
+from entropy_fast.kernels.tanh import tanh
 
 
 @triton.jit
-def softcapped(x, squeeze, SOFTCAP: tl.constexpr):
+def softcapped(x, squeeze, SOFTCAP: tl.constexpr, PACKED: tl.constexpr):
     """w of x, which holds the bias already."""
     if SOFTCAP:
-        x = tanh(x * squeeze)
+        x = tanh(x * squeeze, PACKED > 0)
     return x
 
 
@@ -135,7 +135,7 @@ def read_segment(
             if bias_ptr is not None:
                 place = tl.arange(0, BLOCK)
                 w += tl.load(bias_ptr + begin + i * BLOCK + place, mask=place < left, other=0).to(ACC)
-            w = tl.reshape(softcapped(w, squeeze, SOFTCAP), [UNROLL, LANES, WIDTH])
+            w = tl.reshape(softcapped(w, squeeze, SOFTCAP, PACKED), [UNROLL, LANES, WIDTH])
             w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
             m, n, r, e = absorb(w, m, n, r, e, alpha, least, False)
     return m, n, r, e, raw_target

@@ -14,8 +14,9 @@ from without_gpu import DEVICES, compiles, interpreted, run_interpreted, stack_b
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from entropy_fast.kernels.device import log1p_below_half, one_minus_exp, tanh  # noqa: E402
+from entropy_fast.kernels.device import log1p_below_half, one_minus_exp  # noqa: E402
 from entropy_fast.kernels.rows_kernel import unit_at  # noqa: E402
+from entropy_fast.kernels.tanh import tanh  # noqa: E402
 
 
 @starter
@@ -513,21 +514,21 @@ def test_what_programs_leave_for_each_other_is_zero_again_afterwards(device, dty
 
 
 @triton.jit
-def forms_kernel(x_ptr, out_ptr, N: tl.constexpr):
+def forms_kernel(x_ptr, out_ptr, N: tl.constexpr, NVIDIA: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(x_ptr + i)
     tl.store(out_ptr + i, log1p_below_half(tl.abs(x)))
     tl.store(out_ptr + N + i, one_minus_exp(-tl.abs(x) * 8))
-    tl.store(out_ptr + 2 * N + i, tanh(x * 8))
+    tl.store(out_ptr + 2 * N + i, tanh(x * 8, NVIDIA))
 
 
-@interpreted
-def test_exact_forms_near_zero():
+@pytest.mark.parametrize("device", DEVICES)
+def test_exact_forms_near_zero(device):
     for dtype, bound in ((torch.float32, 3e-7), (torch.float64, 1e-15)):
         x = (torch.rand(256, dtype=dtype) - 0.5) * 10.0 ** -torch.randint(0, 12, (256,)).to(dtype)
-        out = torch.empty(3, 256, dtype=dtype)
-        forms_kernel[(1,)](x, out, 256)
-        w = x.double()
+        out = torch.empty(3, 256, dtype=dtype, device=device)
+        forms_kernel[(1,)](x.to(device), out, 256, device == "cuda" and torch.version.hip is None)
+        out, w = out.cpu(), x.double()
         assert (out[0] / torch.log1p(w.abs()) - 1).abs().max() < bound
         assert (out[1] / -torch.expm1(-w.abs() * 8) - 1).abs().max() < bound
         if dtype == torch.float32:
@@ -667,7 +668,7 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
     bits = int(logits_type[-2:])
     arithmetic = torch.float64 if bits == 64 else torch.float32
     flags = (everything, not everything, everything, 128 // bits, everything)
-    variant = _variant(backward_settings(bits // 8), arithmetic, *flags, torch.device("cuda"))
+    variant = _variant(backward_settings(bits // 8), arithmetic, *flags, torch.device("cuda"), target[0] == "cuda")
     absent = () if everything else ("bias_ptr", "mask_ptr", "grad_lse_ptr")
     constants = variant.constants | dict.fromkeys(absent)
     compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, **variant.options)
@@ -683,7 +684,7 @@ def test_the_backward_of_odd_rows_keeps_to_its_registers(flat, tmp_path):
     from entropy_fast.kernels.rows_backward import _variant, row_stats_backward_kernel
     from entropy_fast.kernels.settings import backward_settings
 
-    variant = _variant(backward_settings(2), torch.float32, False, False, flat, 8, False, torch.device("cuda"))
+    variant = _variant(backward_settings(2), torch.float32, False, False, flat, 8, False, torch.device("cuda"), True)
     constants = variant.constants | dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
     compiled = _compile(row_stats_backward_kernel, "*bf16", constants, ("cuda", 90), **variant.options)
     assert stack_bytes(compiled, tmp_path) == 0
