@@ -23,6 +23,7 @@ from entropy_fast.kernels.rows_pairs import FAR, NEAR, log_of_peaks
 from entropy_fast.kernels.rows_segments import read_segment, softcapped, target_entry
 from entropy_fast.kernels.rows_softcap import capped_logit
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
+from entropy_fast.kernels.tanh import tanh
 
 
 @triton.jit
@@ -69,23 +70,32 @@ def target_w(
     PACKED: tl.constexpr,
     VOCAB: tl.constexpr,
 ):
-    """w of targets, from their logits."""
-    if PAIRS and SOFTCAP:
-        w = capped_logit(logit, squeeze, PACKED)
-    else:
-        w = logit.to(ACC)
-        if bias_ptr is not None:
-            w += target_entry(bias_ptr, target, wanted, VOCAB).to(ACC)
-        w = softcapped(w, squeeze, SOFTCAP, PACKED)
-    return w
+    """w of targets from their logits; and again, under a softcap in float64.
+
+    What tanh's last digit is off by shows in the log-prob of the target, while that of all others evens out.
+    """
+    w = logit.to(ACC)
+    if bias_ptr is not None:
+        w += target_entry(bias_ptr, target, wanted, VOCAB).to(ACC)
+    finer = w
+    if SOFTCAP:
+        finer = tanh(w.to(tl.float64) * squeeze)
+        w = softcapped(w, squeeze.to(ACC), SOFTCAP, PACKED)
+    if SOFTCAP and PAIRS:
+        w = capped_logit(logit, squeeze.to(ACC), PACKED)
+    return w, finer
 
 
 @triton.jit
-def write_results(place, here, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
+def write_results(place, here, m, log_sum, mean, k, w_target, finer, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr):
     """Write the results of rows at their places, where they are `here`."""
     # a target that is no token: its logit is NaN
     log_sum = tl.where(w_target == w_target, log_sum, float("nan"))
-    tl.store(logprob_ptr + place, k * (w_target - m) - log_sum, mask=here)
+    above = k * (finer - m)
+    if finer.dtype != m.dtype:
+        # nothing between the peak and itself
+        above = tl.where(w_target == m, 0.0, above)
+    tl.store(logprob_ptr + place, above - log_sum, mask=here)
     tl.store(entropy_ptr + place, log_sum - mean, mask=here)
     if peak_ptr is not None:
         tl.store(peak_ptr + place, m, mask=here)
@@ -124,7 +134,7 @@ def write_far_rows(
             peak = tl.max(tl.where(this, m, FLOOR))
             w = tl.sum(tl.where(this, w_target, 0.0))
             log_sum = log_of_peaks(row_ptr, peak, VOCAB, LANES)
-            write_results(row, True, peak, log_sum, 0.0, k, w, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
+            write_results(row, True, peak, log_sum, 0.0, k, w, w, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag"])
@@ -181,6 +191,7 @@ def row_stats_kernel(
     ROW_WORDS: tl.constexpr = 4 * SETS
     ITEMS: tl.constexpr = SEGMENTS * GROUP
     k = tl.full([], factor, ACC)
+    fine_squeeze = squeeze
     squeeze = tl.full([], squeeze, ACC)
     alpha = tl.full([], factor * LOG2E, ACC)
     least = tl.full([], FAR if PAIRS else FLOOR, ACC)
@@ -260,16 +271,29 @@ def row_stats_kernel(
                 if SEGMENTS > 1:
                     leave_sets(m, n, r, e, sets_ptr + row.to(tl.int64) * ROW_WORDS, part, alpha, least, PACKED > 0)
                 else:
-                    w_target = target_w(logit, bias_ptr, target, True, squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB)
+                    w_target, finer = target_w(
+                        logit, bias_ptr, target, True, fine_squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
+                    )
                     m, n, r, e = merge((m,), (n,), (r,), (e,), alpha, least)
                     log_sum, mean = moments(m, n, r, e, alpha, least)
                     write_results(
-                        row, True, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+                        row, True, m, log_sum, mean, k, w_target, finer, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
                     )
                     if PAIRS and not SOFTCAP and tl.abs(m * alpha) > NEAR:
                         log_sum = log_of_peaks(row_ptr, m, VOCAB, LANES)
                         write_results(
-                            row, True, m, log_sum, 0.0, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+                            row,
+                            True,
+                            m,
+                            log_sum,
+                            0.0,
+                            k,
+                            w_target,
+                            finer,
+                            logprob_ptr,
+                            entropy_ptr,
+                            peak_ptr,
+                            log_sum_ptr,
                         )
                     ends = True
         else:
@@ -296,10 +320,12 @@ def row_stats_kernel(
             logit = target_entry(row_ptr, target, is_read, VOCAB)
             words_ptr = sets_ptr + rows_here[:, None].to(tl.int64) * ROW_WORDS
             m, n, r, e = take_sets(words_ptr, lane, row_is_read[:, None], alpha, least, ACC, SETS, PACKED > 0)
-            w_target = target_w(logit, bias_ptr, target, is_read, squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB)
+            w_target, finer = target_w(
+                logit, bias_ptr, target, is_read, fine_squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
+            )
             log_sum, mean = moments(m, n, r, e, alpha, least)
             write_results(
-                place, is_read, m, log_sum, mean, k, w_target, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
+                place, is_read, m, log_sum, mean, k, w_target, finer, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr
             )
             clear_words(words_ptr, row_is_read[:, None], ROW_WORDS)
             if mask_ptr is not None:

@@ -261,16 +261,14 @@ def test_softcapped_words_of_two(dtype, vocab, segment, words, device):
     logits[0, 5, 0], targets[0, 5] = 9.0, 0
     logits[0, 6, vocab - 1] = math.nan
     logits[0, 7], logits[0, 7, 40] = -7.0, 60.0
-    for softcap in (4.0, 30.0):
-        transform = Transform(0.75, 1.0, softcap)
-        on_device = base.to(device)[..., :vocab]
-        given = on_device, targets.to(device)
-        forward = Forward(*given, None, None, transform, small(segment, words=words, lanes=64))
-        assert forward._kernel._rest[2].constants["PAIRS"]
-        got = [t.cpu() for t in forward(*given, None, None)]
-        # two numbers tanh of which is rounded, once and by its last step, make a log-prob
-        bound = 3e-6 + 4 * 2.0**-24 * transform.factor
-        assert_close(got, reference(logits, targets, None, None, transform), bound)
+    transform = Transform(0.75, 1.0, 30.0 if dtype == torch.bfloat16 else 4.0)
+    given = base.to(device)[..., :vocab], targets.to(device)
+    forward = Forward(*given, None, None, transform, small(segment, words=words, lanes=64))
+    assert forward._kernel._rest[2].constants["PAIRS"]
+    got = [t.cpu() for t in forward(*given, None, None)]
+    # w, which the sums see, is within two roundings of 1
+    bound = 3e-6 + 4 * 2.0**-24 * transform.factor
+    assert_close(got, reference(logits, targets, None, None, transform), bound)
 
 
 @interpreted
@@ -310,7 +308,7 @@ def test_softcaps_out_of_proportion_are_worked_out_one_by_one(transform):
 def test_strides(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    base = (3 * torch.randn(3, 4, 120)).to(dtype)
+    base = (3 * torch.randn(2, 3, 120)).to(dtype)
     for view in (base[:, :-1], base[:, 1:], base[..., :104], base[..., 3:90], base.transpose(0, 1), base[::2, ::3]):
         targets = torch.randint(view.shape[-1], view.shape[:2])
         assert_close(row_stats(view, targets, None, None, _plain(), small()), reference(view, targets), 3e-6)
@@ -625,7 +623,9 @@ def _forward_variant(target, logits_type, vocab, everything, aligned, softcap=Fa
 def test_softcapped_forward_compiles_without_spills(target, tmp_path):
     from entropy_fast.kernels.rows import row_stats_kernel
 
-    variant, constants = _forward_variant(target, "*bf16", 256000, False, True, softcap=True)
+    # AMD's assembler takes long for long rows
+    vocab = 256000 if target[0] == "cuda" else 1000
+    variant, constants = _forward_variant(target, "*bf16", vocab, False, True, softcap=True)
     assert constants["PAIRS"]
     compiled = _compile(row_stats_kernel, "*bf16", constants, target, **variant.options)
     if target == ("cuda", 90):
