@@ -190,6 +190,7 @@ def row_stats_kernel(
     SETS: tl.constexpr = SEGMENTS * (LANES // 32)
     ROW_WORDS: tl.constexpr = 4 * SETS
     ITEMS: tl.constexpr = SEGMENTS * GROUP
+    ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     k = tl.full([], factor, ACC)
     fine_squeeze = squeeze
     squeeze = tl.full([], squeeze, ACC)
@@ -229,7 +230,7 @@ def row_stats_kernel(
             if active_ptr is not None:
                 row = tl.load(active_ptr + row)
                 if SEGMENTS == 1:
-                    # always so, but the branch makes sequences of 32000 tokens 1.5% faster
+                    # always so; with the branch sequences of 32000 tokens take 1.5% less
                     is_active = row >= 0
             if mask_ptr is not None:
                 if TOGETHER > 1:
@@ -274,7 +275,9 @@ def row_stats_kernel(
                     w_target, finer = target_w(
                         logit, bias_ptr, target, True, fine_squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
                     )
-                    m, n, r, e = merge((m,), (n,), (r,), (e,), alpha, least)
+                    # which of the two is faster here, only a clock tells (bench/NOTES.md)
+                    INTEGERS: tl.constexpr = not (SEQUENCES or tl.float16 == ELEMENT)
+                    m, n, r, e = merge((m,), (n,), (r,), (e,), alpha, least, INTEGERS)
                     log_sum, mean = moments(m, n, r, e, alpha, least)
                     write_results(
                         row, True, m, log_sum, mean, k, w_target, finer, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr

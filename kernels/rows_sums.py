@@ -53,12 +53,12 @@ def add3(a, b, c, a2, b2, c2):
 
 
 @triton.jit
-def largest(m, AXIS: tl.constexpr):
+def largest(m, AXIS: tl.constexpr, INTEGERS: tl.constexpr):
     """The largest of numbers along an axis, none of them NaN.
 
-    Of float32 as integers in the same order, of which NVIDIA's GPUs find a warp's largest in one instruction.
+    INTEGERS: of float32 as integers in the same order, a warp's largest of which is one instruction of NVIDIA's GPUs.
     """
-    if m.dtype == tl.float32:
+    if INTEGERS and m.dtype == tl.float32:
         bits = m.to(tl.int32, bitcast=True)
         top = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), AXIS)
         top = (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -68,14 +68,14 @@ def largest(m, AXIS: tl.constexpr):
 
 
 @triton.jit
-def merge(m, n, r, e, alpha, least):
+def merge(m, n, r, e, alpha, least, INTEGERS: tl.constexpr = True):
     """The union of all sets; of a matrix, those of its rows. m, n, r and e are tuples: some sets in each place."""
     COUNT: tl.constexpr = len(m)
     AXIS: tl.constexpr = len(m[0].shape) - 1
     top = m[0]
     for i in tl.static_range(1, COUNT):
         top = tl.maximum(top, m[i])
-    top = largest(top, AXIS)
+    top = largest(top, AXIS, INTEGERS)
     reference = reference_of(top, alpha, least)
     top_here = top if AXIS == 0 else top[:, None]
     reference_here = reference if AXIS == 0 else reference[:, None]
