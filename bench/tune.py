@@ -46,7 +46,9 @@ def candidates(vocab: int, narrow: bool) -> list[Settings]:
             whole = segment >= 2 * vocab
             if (not whole or segment == 65536) and min(segment, 2 * vocab) <= 24 * 16 * lanes:
                 resident = min(32, 65536 // (registers * lanes))
-                found.append(Settings(unroll, lanes, segment, depth, resident, registers, narrow))
+                # masked rows of one warp each are taken together; no mask is timed here
+                together = 4 if lanes == 32 else 1
+                found.append(Settings(unroll, lanes, segment, depth, resident, registers, narrow, together))
     return found
 
 

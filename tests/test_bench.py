@@ -47,6 +47,17 @@ def test_logits_and_its_plot(tmp_path):
     assert max(errors) < 3e-6
 
 
+def test_logits_with_a_softcap(tmp_path):
+    out = tmp_path / "capped.json"
+    options = ("--shapes", "4x50", "--softcap", "2", "--without-peers", "--forward-only", "--dtype", "float32")
+    run = bench("logits", *options, "--out", str(out))
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    (row,) = [row for row in rows if (row["op"], row["impl"]) == ("forward", "entropy_fast")]
+    # against capped logits: those of deviation 3 would be far from them
+    assert max(row["error_logprob"], row["error_entropy"]) < 3e-6
+
+
 def test_linear_and_its_plot(tmp_path):
     ours = ["entropy_fast exact", "entropy_fast accurate", "entropy_fast fast"]
     others = ["gemm tf32", "read", "eager"]
