@@ -227,6 +227,8 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     softcap = options.softcap
+    if softcap is not None and not softcap > 0:
+        parser.error(f"--softcap is {softcap:g}; it has to be above 0, or left out for none")
     functions: dict[str, tuple[Function, str]] = {"entropy_fast": (partial(ours, softcap=softcap), BOTH)}
     if not options.without_peers:
         functions |= (libraries() if softcap is None else {}) | plain_torch(softcap)
