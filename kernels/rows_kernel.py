@@ -20,7 +20,7 @@ from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.plan import finish_sequence, write_zeros
 from entropy_fast.kernels.rows_exchange import clear_words, leave_sets, take_sets
 from entropy_fast.kernels.rows_pairs import FAR, NEAR, log_of_peaks
-from entropy_fast.kernels.rows_segments import read_segment, softcapped, target_entry
+from entropy_fast.kernels.rows_segments import read_segment, target_entry
 from entropy_fast.kernels.rows_softcap import capped_logit
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
 from entropy_fast.kernels.tanh import tanh
@@ -80,9 +80,8 @@ def target_w(
     finer = w
     if SOFTCAP:
         finer = tanh(w.to(tl.float64) * squeeze)
-        w = softcapped(w, squeeze.to(ACC), SOFTCAP, PACKED)
-    if SOFTCAP and PAIRS:
-        w = capped_logit(logit, squeeze.to(ACC), PACKED)
+        squeeze = squeeze.to(ACC)
+        w = capped_logit(logit, squeeze, PACKED) if PAIRS else tanh(w * squeeze, PACKED > 0)
     return w, finer
 
 
@@ -192,8 +191,7 @@ def row_stats_kernel(
     ITEMS: tl.constexpr = SEGMENTS * GROUP
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     k = tl.full([], factor, ACC)
-    fine_squeeze = squeeze
-    squeeze = tl.full([], squeeze, ACC)
+    squeeze = tl.full([], squeeze, tl.float64)
     alpha = tl.full([], factor * LOG2E, ACC)
     least = tl.full([], FAR if PAIRS else FLOOR, ACC)
     if not WORDS:
@@ -254,7 +252,7 @@ def row_stats_kernel(
                     part,
                     alpha,
                     least,
-                    squeeze,
+                    squeeze.to(ACC),
                     ACC,
                     SOFTCAP,
                     PAIRS,
@@ -273,7 +271,7 @@ def row_stats_kernel(
                     leave_sets(m, n, r, e, sets_ptr + row.to(tl.int64) * ROW_WORDS, part, alpha, least, PACKED > 0)
                 else:
                     w_target, finer = target_w(
-                        logit, bias_ptr, target, True, fine_squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
+                        logit, bias_ptr, target, True, squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
                     )
                     # which of the two is faster here, only a clock tells (bench/NOTES.md)
                     INTEGERS: tl.constexpr = not (SEQUENCES or tl.float16 == ELEMENT)
@@ -323,9 +321,7 @@ def row_stats_kernel(
             logit = target_entry(row_ptr, target, is_read, VOCAB)
             words_ptr = sets_ptr + rows_here[:, None].to(tl.int64) * ROW_WORDS
             m, n, r, e = take_sets(words_ptr, lane, row_is_read[:, None], alpha, least, ACC, SETS, PACKED > 0)
-            w_target, finer = target_w(
-                logit, bias_ptr, target, is_read, fine_squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB
-            )
+            w_target, finer = target_w(logit, bias_ptr, target, is_read, squeeze, ACC, SOFTCAP, PAIRS, PACKED, VOCAB)
             log_sum, mean = moments(m, n, r, e, alpha, least)
             write_results(
                 place, is_read, m, log_sum, mean, k, w_target, finer, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr

@@ -98,7 +98,7 @@ def absorb_pairs(
     N: tl.constexpr = block.shape[0] * block.shape[2]
     OTHERS: tl.constexpr = N - FIRST
     # as many words are worked out with one look for any far from 0
-    TOGETHER: tl.constexpr = 3 if SOFTCAP else 1
+    AT_ONCE: tl.constexpr = 3 if SOFTCAP else 1
     CLAMPED: tl.constexpr = SOFTCAP or element == tl.bfloat16
     words = words_of(block, LANES, N)
     if not FIRST:
@@ -109,8 +109,8 @@ def absorb_pairs(
     reference = reference_of(tl.maximum(tl.maximum(first, second), FLOOR), alpha, least)
     r_block = tl.zeros(peaks.shape, tl.float32)
     e_block = r_block
-    for i in tl.static_range(0, OTHERS, TOGETHER):
-        w = values(others[i : i + TOGETHER], squeeze, element, PACKED, SOFTCAP)
+    for i in tl.static_range(0, OTHERS, AT_ONCE):
+        w = values(others[i : i + AT_ONCE], squeeze, element, PACKED, SOFTCAP)
         for j in tl.static_range(len(w)):
             r_block, e_block = add(w[j], -reference, r_block, e_block, alpha, CLAMPED)
     if not FIRST:

@@ -21,14 +21,6 @@ from entropy_fast.kernels.tanh import tanh
 
 
 @triton.jit
-def softcapped(x, squeeze, SOFTCAP: tl.constexpr, PACKED: tl.constexpr):
-    """w of x, which holds the bias already."""
-    if SOFTCAP:
-        x = tanh(x * squeeze, PACKED > 0)
-    return x
-
-
-@triton.jit
 def target_entry(row_ptr, target, wanted, VOCAB: tl.constexpr):
     """The targets' entries of rows, of logits or bias, where they are wanted; NaN where there is no such token."""
     return tl.load(row_ptr + target, mask=wanted & (target >= 0) & (target < VOCAB), other=float("nan"))
@@ -135,7 +127,9 @@ def read_segment(
             if bias_ptr is not None:
                 place = tl.arange(0, BLOCK)
                 w += tl.load(bias_ptr + begin + i * BLOCK + place, mask=place < left, other=0).to(ACC)
-            w = tl.reshape(softcapped(w, squeeze, SOFTCAP, PACKED), [UNROLL, LANES, WIDTH])
+            if SOFTCAP:
+                w = tanh(w * squeeze, PACKED > 0)
+            w = tl.reshape(w, [UNROLL, LANES, WIDTH])
             w = tl.where(left_at(left, w.shape, 1) > 0, w, -float("inf"))
             m, n, r, e = absorb(w, m, n, r, e, alpha, least, False)
     return m, n, r, e, raw_target

@@ -17,7 +17,7 @@ class Settings(NamedTuple):
     """Block shape and launch parameters of the forward over rows of logits.
 
     Attributes:
-        unroll: 16-byte loads of a lane in a block, at most; fewer where numbers are not kept in words of two.
+        unroll: 16-byte loads of a lane in a block, at most; fewer where numbers are softcapped or not in words.
         lanes: independent running sums of a program, 32 for each warp.
         segment: most bytes of a row that a program takes; part of the result's bits.
         depth: blocks that are loaded ahead; more where they hold fewer loads than `unroll`.
