@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # Far below any difference of logits, and finite: 0 · LOWEST is 0 where 0 · (−inf) would be NaN.
 LOWEST = tl.constexpr(-1e30)
 

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import gradient_at_target, gradient_or_zero
+from entropy_fast.kernels.device import LN2, LOG2E, gradient_at_target, gradient_or_zero
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
-from entropy_fast.kernels.linear_tiles import LN2, LOG2E, base2_logits, product_tile, tile_of
+from entropy_fast.kernels.linear_tiles import base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.rows import RowGradients, is_expanded
 from entropy_fast.reference.transform import Transform

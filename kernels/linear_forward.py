@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.device import LN2, LOWEST
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_operands import (
     Operand,
@@ -30,7 +31,7 @@ from entropy_fast.kernels.linear_operands import (
     tiling_for,
 )
 from entropy_fast.kernels.linear_slabs import Saved, saved_in
-from entropy_fast.kernels.linear_tiles import LN2, LOWEST, base2_logits, product_tile, tile_of
+from entropy_fast.kernels.linear_tiles import base2_logits, product_tile, tile_of
 from entropy_fast.reference.linear import LinearStats
 from entropy_fast.reference.transform import Transform
 

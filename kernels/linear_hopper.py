@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from entropy_fast.kernels.linear_tiles import LOG2E, LOWEST, tile_of
+from entropy_fast.kernels.device import LOG2E, LOWEST
+from entropy_fast.kernels.linear_tiles import tile_of
 from entropy_fast.kernels.tanh import NEAR_ZERO, tanh_far, tanh_near_zero
 
 # Renamed in Triton 3.7 or later.

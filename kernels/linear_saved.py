@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.launch import Variant, ceil_div, launch
 from entropy_fast.kernels.linear_dlogits import RowCoefficients
-from entropy_fast.kernels.linear_tiles import LOG2E
 from entropy_fast.reference.transform import Transform
 
 # Rows and warps of a program of the element-wise pass.

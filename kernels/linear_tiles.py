@@ -12,13 +12,8 @@ against a large sum: low·high + high·low + high·high.
 import triton
 import triton.language as tl
 
+from entropy_fast.kernels.device import LOG2E, LOWEST
 from entropy_fast.kernels.tanh import tanh
-
-# Logits in base 2: one multiplication less per exponential.
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Below any logit, and finite: 0 · LOWEST is 0 where 0 · (−inf) would be NaN.
-LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ good, and bits depend on no compiler's choice.
 import triton
 import triton.language as tl
 
-from entropy_fast.kernels.device import LOWEST, log1p_below_half
+from entropy_fast.kernels.device import LN2, LOWEST, log1p_below_half
 
 # The peak of an empty set: no finite float32 lies below it.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
@@ -124,7 +124,7 @@ def moments(m, n, r, e, alpha, least):
     s = tl.where((n + r > 0) & (m < float("inf")), n + r, float("nan"))
     alone = (n < 1.5) & (r < 0.5) & (s == s)
     log_sum = tl.where(alone, log1p_below_half(r), tl.log(s))
-    return log_sum, 0.6931471805599453 * e / s
+    return log_sum, LN2 * e / s
 
 
 @triton.jit

@@ -70,7 +70,7 @@ FORWARD = {
     )
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
-BACKWARD = {"sm90": BackwardSettings(4096, 8)}
+BACKWARD = {"sm90": BackwardSettings(2048, 4)}
 
 
 def vector_width(logits: torch.Tensor) -> int:

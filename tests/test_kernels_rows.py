@@ -667,24 +667,30 @@ def test_backward_compiles_without_spills(target, logits_type, everything, tmp_p
 
     bits = int(logits_type[-2:])
     arithmetic = torch.float64 if bits == 64 else torch.float32
-    flags = (everything, not everything, everything, 128 // bits, everything)
-    variant = _variant(backward_settings(bits // 8), arithmetic, *flags, torch.device("cuda"), target[0] == "cuda")
     absent = () if everything else ("bias_ptr", "mask_ptr", "grad_lse_ptr")
-    constants = variant.constants | dict.fromkeys(absent)
-    compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, **variant.options)
-    if target == ("cuda", 90):
-        assert stack_bytes(compiled, tmp_path) == 0
-    if target[0] == "cuda":
-        assert re.search(r"st\.global[\w.:]*\.v(4\.b32|2\.b64)", compiled.asm["ptx"])
+    vocab = 50257 if everything else 32000
+    # rows of sequences, with a shift of one, are not a constant apart
+    for flat in (True,) if everything else (True, False):
+        flags = (bits // 8, everything, vocab, not everything, flat, everything, 128 // bits, everything)
+        variant = _variant(backward_settings(bits // 8), arithmetic, *flags, torch.device("cuda"), target[0] == "cuda")
+        constants = variant.constants | dict.fromkeys(absent)
+        compiled = _compile(row_stats_backward_kernel, logits_type, constants, target, **variant.options)
+        if target == ("cuda", 90):
+            assert stack_bytes(compiled, tmp_path) == 0
+        if target[0] == "cuda":
+            ptx = compiled.asm["ptx"]
+            assert re.search(r"ld\.global[\w.:]*\.v(4\.b32|2\.b64)", ptx)
+            assert re.search(r"st\.global[\w.:]*\.v(4\.b32|2\.b64)", ptx)
 
 
 @compiles
-@pytest.mark.parametrize("flat", [False, True])
-def test_the_backward_of_odd_rows_keeps_to_its_registers(flat, tmp_path):
+@pytest.mark.parametrize("gapless", [False, True])
+def test_the_backward_of_odd_rows_keeps_to_its_registers(gapless, tmp_path):
     from entropy_fast.kernels.rows_backward import _variant, row_stats_backward_kernel
     from entropy_fast.kernels.settings import backward_settings
 
-    variant = _variant(backward_settings(2), torch.float32, False, False, flat, 8, False, torch.device("cuda"), True)
+    flags = (2, False, 50257, False, gapless, gapless, 8, False)
+    variant = _variant(backward_settings(2), torch.float32, *flags, torch.device("cuda"), True)
     constants = variant.constants | dict.fromkeys(("bias_ptr", "mask_ptr", "grad_lse_ptr"))
     compiled = _compile(row_stats_backward_kernel, "*bf16", constants, ("cuda", 90), **variant.options)
     assert stack_bytes(compiled, tmp_path) == 0
