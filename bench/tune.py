@@ -41,7 +41,7 @@ def candidates(vocab: int, narrow: bool) -> list[Settings]:
         # four registers to each load that is on its way
         if 4 * unroll * (depth + 1) > registers - 16 or unroll * lanes * 8 > max(vocab, 512):
             continue
-        for segment in (16384, 24576, 32768, 65536):
+        for segment in (16384, 24576, 32768, 36864, 65536):
             # rows that are no longer are whole either way; a lane's loads are written out, which takes time to compile
             whole = segment >= 2 * vocab
             if (not whole or segment == 65536) and min(segment, 2 * vocab) <= 24 * 16 * lanes:

@@ -13,6 +13,7 @@ import triton.language as tl
 from entropy_fast.kernels.launch import Repeated, Variant, ceil_div, empties, zeros_between_launches
 from entropy_fast.kernels.plan import BLOCK, ActiveRows, Sequences, plan_sequences
 from entropy_fast.kernels.rows_kernel import row_stats_kernel
+from entropy_fast.kernels.rows_order import spread
 from entropy_fast.kernels.rows_pairs import has_pairs
 from entropy_fast.kernels.settings import (
     Settings,
@@ -25,6 +26,8 @@ from entropy_fast.kernels.settings import (
 from entropy_fast.reference.rows import RowStats, arithmetic_dtype
 from entropy_fast.reference.transform import Transform
 
+# rows that stay together where masked ones are spread out: the device keeps few pages' addresses at hand
+NEIGHBOURS = 8
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -134,7 +137,8 @@ class Forward:
             device,
             packed_instructions(device),
         )
-        segments, group, together = (variant.constants[name] for name in ("SEGMENTS", "GROUP", "TOGETHER"))
+        names = ("SEGMENTS", "GROUP", "TOGETHER", "CHUNK")
+        segments, group, together, chunk = (variant.constants[name] for name in names)
         # zeros in words of 4 bytes: what passes from program to program, and the rows of each sequence that are done
         self._wide = dtype == torch.float64
         self._sets = rows * segments * settings.warps * dtype.itemsize if segments > 1 else 0
@@ -150,7 +154,7 @@ class Forward:
         self._kernel = Repeated(
             row_stats_kernel,
             programs,
-            (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0, lag),
+            (rows, inner, logits.stride(0), logits.stride(1), outer if sequences else 0, lag, *spread(groups, chunk)),
             (transform.factor, transform.squeeze or 0.0),
             variant,
         )
@@ -242,6 +246,7 @@ def _variant(
         # what takes long for each element is worth fewer, larger programs
         settings = settings._replace(segment=2 * settings.segment)
     segments, length = settings.segments(vocab, itemsize)
+    group = settings.warps if segments > 1 and not sequences else 1
     return Variant(
         {
             "ACC": TRITON_DTYPE[dtype],
@@ -254,7 +259,7 @@ def _variant(
             "INCLUDE_EOS": include_eos,
             "VOCAB": vocab,
             "SEGMENTS": segments,
-            "GROUP": settings.warps if segments > 1 and not sequences else 1,
+            "GROUP": group,
             "LENGTH": length,
             "UNROLL": unroll * (16 // itemsize) // width,
             "LANES": settings.lanes,
@@ -262,6 +267,7 @@ def _variant(
             "DEPTH": depth,
             "WORDS": words,
             "TOGETHER": settings.together if has_mask and segments == 1 else 1,
+            "CHUNK": max(1, NEIGHBOURS // group),
             "SUM_BLOCK": min(BLOCK, 128 * settings.warps),
         },
         enable_fp_fusion=False,

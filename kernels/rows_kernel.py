@@ -19,31 +19,12 @@ import triton.language as tl
 from entropy_fast.kernels.device import LOG2E
 from entropy_fast.kernels.plan import finish_sequence, write_zeros
 from entropy_fast.kernels.rows_exchange import clear_words, leave_sets, take_sets
+from entropy_fast.kernels.rows_order import spread_out, unit_at
 from entropy_fast.kernels.rows_pairs import FAR, NEAR, log_of_peaks
 from entropy_fast.kernels.rows_segments import read_segment, target_entry
 from entropy_fast.kernels.rows_softcap import capped_logit
 from entropy_fast.kernels.rows_sums import FLOOR, merge, moments
 from entropy_fast.kernels.tanh import tanh
-
-
-@triton.jit
-def unit_at(unit, groups, lag, ITEMS: tl.constexpr):
-    """What a unit of work is: of which group of rows, and which of its ITEMS to read, or ITEMS: that the group ends.
-
-    First `lag` groups are read, at most all. Then, with every group that is read, the one `lag` groups before it ends,
-    whose sets are there by now; and at last those end that are left. Units are begun in order: whoever waits for a
-    row's sets does so for units that others have begun.
-    """
-    STEP: tl.constexpr = ITEMS + 1
-    later = unit - lag * ITEMS
-    last = later - (groups - lag) * STEP
-    group = later // STEP
-    item = later - group * STEP
-    group += tl.where(item < ITEMS, lag, 0)
-    # before any ends, and after all are read
-    group = tl.where(later < 0, unit // ITEMS, tl.where(last < 0, group, groups - lag + last))
-    item = tl.where(later < 0, unit % ITEMS, tl.where(last < 0, item, ITEMS))
-    return group, item
 
 
 @triton.jit
@@ -136,7 +117,7 @@ def write_far_rows(
             write_results(row, True, peak, log_sum, 0.0, k, w, w, logprob_ptr, entropy_ptr, peak_ptr, log_sum_ptr)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag"])
+@triton.jit(do_not_specialize=["rows", "inner", "stride_outer", "stride_inner", "sequences", "lag", "step", "inverse"])
 def row_stats_kernel(
     logits_ptr,
     bias_ptr,
@@ -159,6 +140,8 @@ def row_stats_kernel(
     stride_inner,
     sequences,
     lag,
+    step,
+    inverse,
     factor: tl.float64,
     squeeze: tl.float64,
     ACC: tl.constexpr,
@@ -179,6 +162,7 @@ def row_stats_kernel(
     DEPTH: tl.constexpr,
     WORDS: tl.constexpr,
     TOGETHER: tl.constexpr,
+    CHUNK: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ):
     """One program a unit of work: a row or, of rows that are cut, a segment or the end of GROUP rows.
@@ -220,6 +204,9 @@ def row_stats_kernel(
         item = 0
         if SEGMENTS > 1:
             group, item = unit_at(unit, groups, tl.minimum(lag, groups), ITEMS)
+        if mask_ptr is not None and TOGETHER == 1:
+            # masked rows come in runs, in which whole multiprocessors would have nothing to read
+            group = spread_out(group, groups, step, inverse, CHUNK)
         first_row = group * GROUP
         ends = False
         if SEGMENTS == 1 or item < ITEMS:

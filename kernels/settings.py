@@ -58,16 +58,27 @@ class BackwardSettings(NamedTuple):
 
 
 # (largest row in bytes, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes
-# chose them, timed as by `python -m bench.tune`, few and masked rows too; explained in bench/NOTES.md.
+# chose them, timed as by `python -m bench tune`, few and masked rows too; explained in bench/NOTES.md.
+TINY = (4096, None, Settings(4, 32, 65536, 1, 32, 64, together=4))
+WHOLE = (
+    (16384, None, Settings(8, 128, 65536, 0, 8, 64)),
+    (32768, None, Settings(8, 128, 65536, 0, 5, 96)),
+    (65536, None, Settings(4, 256, 65536, 2, 3, 80)),
+)
 FORWARD = {
     "sm90": (
-        (4096, None, Settings(4, 32, 65536, 1, 32, 64, together=4)),
+        TINY,
         (2**40, True, Settings(4, 128, 24576, 1, 8, 64, True)),
-        (16384, None, Settings(8, 128, 65536, 0, 8, 64)),
-        (32768, None, Settings(8, 128, 65536, 0, 5, 96)),
-        (65536, None, Settings(4, 256, 65536, 2, 3, 80)),
+        *WHOLE,
         (2**40, None, Settings(8, 128, 16384, 0, 8, 64)),
-    )
+    ),
+    # faster memory: more programs at a time, and fewer that masked rows start in vain
+    "H200": (
+        TINY,
+        (2**40, True, Settings(4, 128, 36864, 1, 10, 48, True)),
+        *WHOLE,
+        (2**40, None, Settings(8, 128, 32768, 0, 9, 56)),
+    ),
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
 BACKWARD = {"sm90": BackwardSettings(2048, 4)}
@@ -104,12 +115,12 @@ def registers(most: int | None, device: torch.device) -> dict[str, int]:
 def forward_settings(logits: torch.Tensor) -> Settings:
     """The table's entry for these logits."""
     itemsize = logits.element_size()
-    return _forward_settings(logits.shape[-1] * itemsize, vector_width(logits) * itemsize < 8)
+    return _forward_settings(gpu(), logits.shape[-1] * itemsize, vector_width(logits) * itemsize < 8)
 
 
 @cache
-def _forward_settings(row_bytes: int, narrow: bool) -> Settings:
-    table = FORWARD.get(gpu(), FORWARD["sm90"])
+def _forward_settings(name: str, row_bytes: int, narrow: bool) -> Settings:
+    table = FORWARD.get(name, FORWARD["sm90"])
     return next(settings for most, takes, settings in table if row_bytes <= most and takes in (narrow, None))
 
 
@@ -121,10 +132,14 @@ def backward_settings(itemsize: int) -> BackwardSettings:
 
 @cache
 def gpu() -> str:
-    """The table's name for the GPU in use; what is not in the table uses the entry of sm90."""
+    """The tables' name for the GPU in use: its own where it has an entry, else its architecture's.
+
+    What has neither uses the entry of sm90.
+    """
     if not torch.cuda.is_available():
         return "sm90"
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
+    named = (name for name in FORWARD if name in torch.cuda.get_device_name())
+    return next(named, f"sm{major}{minor}")

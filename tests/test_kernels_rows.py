@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from entropy_fast.kernels.device import log1p_below_half, one_minus_exp  # noqa: E402
-from entropy_fast.kernels.rows_kernel import unit_at  # noqa: E402
+from entropy_fast.kernels.rows_order import spread, spread_out, unit_at  # noqa: E402
+from entropy_fast.kernels.settings import FORWARD  # noqa: E402
 from entropy_fast.kernels.tanh import tanh  # noqa: E402
 
 
@@ -485,6 +486,45 @@ def test_rows_end_once_and_after_all_of_their_segments_have_begun(groups, lag, i
         assert group >= groups - lag or order[group + lag - 1, items - 1] < end
 
 
+@triton.jit
+def places_kernel(out_ptr, first, count, step, inverse, CHUNK: tl.constexpr):
+    place = tl.program_id(0)
+    tl.store(out_ptr + place, spread_out(first + place, count, step, inverse, CHUNK))
+
+
+@interpreted
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 15, 30, 97])
+def test_rows_are_spread_out_once_each(count, chunk):
+    places = torch.empty(count, dtype=torch.int32)
+    places_kernel[(count,)](places, 0, count, *spread(count, chunk), chunk)
+    assert sorted(places.tolist()) == list(range(count))
+
+
+@interpreted
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("count", [65536, 65537, 10**6, 2**31 - 1])
+def test_many_rows_are_spread_out_as_exact_arithmetic_says(count, chunk):
+    step, inverse = spread(count, chunk)
+    n = count // chunk
+    assert math.gcd(step, n) == 1
+    assert step * n < 2**32
+    for first in (0, count // 2, count - 8):
+        places = torch.empty(8, dtype=torch.int32)
+        places_kernel[(8,)](places, first, count, step, inverse, chunk)
+        exact = [i // chunk * step % n * chunk + i % chunk if i < n * chunk else i for i in range(first, first + 8)]
+        assert places.tolist() == exact
+
+
+def test_a_run_of_masked_rows_is_spread_over_all_programs():
+    """Of any 528 programs that run at a time, as many have a masked row as of all, within a few."""
+    for run in (64, 256, 1024, 4096):
+        step, _ = spread(8192, 8)
+        masked = [(place // 8 * step % 1024 * 8 + place % 8) // run % 2 for place in range(8192)]
+        counts = [sum(masked[i : i + 528]) for i in range(0, 8192 - 528, 100)]
+        assert max(abs(n - 264) for n in counts) <= 40, run
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_programs_leave_for_each_other_is_zero_again_afterwards(device, dtype, monkeypatch):
@@ -541,14 +581,12 @@ COMPILATIONS += [(target, "*bf16", False) for target in TARGETS if target[1] != 
 COMPILATIONS += [
     (("cuda", 90), dtype, everything) for dtype in ("*bf16", "*fp16", "*fp32", "*fp64") for everything in (False, True)
 ]
-SCALARS = ("rows", "inner", "vocab", "stride_outer", "stride_inner", "sequences", "lag")
+SCALARS = ("rows", "inner", "stride_outer", "stride_inner", "sequences", "lag", "step", "inverse")
 SCALARS = dict.fromkeys(
     (
         *SCALARS,
         "out_outer",
         "out_inner",
-        "pieces",
-        "size",
         "step_logprob",
         "step_entropy",
         "step_lse",
@@ -657,6 +695,32 @@ def test_forward_compiles_without_spills(target, logits_type, everything, tmp_pa
                 assert ptx.count("ld.relaxed.gpu.global.v4") == -(-sets // 32)
                 pairs = logits_type[-2:] == "16" and not everything
                 assert ("max.NaN.bf16x2" in ptx or "max.NaN.f16x2" in ptx) == pairs
+
+
+@compiles
+@pytest.mark.parametrize("name", [name for name in FORWARD if name != "sm90"])
+@pytest.mark.parametrize(("vocab", "aligned"), [(128256, True), (50257, False)])
+def test_forward_compiles_without_spills_with_the_settings_of(name, vocab, aligned, monkeypatch, tmp_path):
+    from entropy_fast.kernels import settings
+    from entropy_fast.kernels.rows import row_stats_kernel
+
+    monkeypatch.setattr(settings, "gpu", lambda: name)
+    variant, constants = _forward_variant(("cuda", 90), "*bf16", vocab, False, aligned)
+    compiled = _compile(row_stats_kernel, "*bf16", constants, ("cuda", 90), **variant.options)
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+def test_a_gpu_is_looked_up_by_its_name_and_then_by_its_architecture(monkeypatch):
+    from entropy_fast.kernels import settings
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = {}
+    for device, capability in {"NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
+        found[device] = settings.gpu.__wrapped__()
+    assert list(found.values()) == ["sm90", "H200", "sm100"]
 
 
 @compiles
