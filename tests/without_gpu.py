@@ -27,7 +27,7 @@ GPUS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
 
 
 def interpret_faster():
-    """Have Triton's interpreter patch its language once a launch, not in every call of a device function: 40% less time.
+    """Have Triton's interpreter patch its language once a launch, not in every call of a device function: much faster.
 
     It looks through hundreds of names for what is not patched yet, and finds nothing where `load` is patched.
     """
