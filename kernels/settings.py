@@ -72,12 +72,12 @@ FORWARD = {
         *WHOLE,
         (2**40, None, Settings(8, 128, 16384, 0, 8, 64)),
     ),
-    # faster memory: more programs at a time, and fewer that masked rows start in vain
+    # longer segments: fewer programs that masked rows start in vain, and enough of them for faster memory
     "H200": (
         TINY,
-        (2**40, True, Settings(4, 128, 36864, 1, 10, 48, True)),
+        (2**40, True, Settings(4, 128, 36864, 0, 10, 48, True)),
         *WHOLE,
-        (2**40, None, Settings(8, 128, 32768, 0, 9, 56)),
+        (2**40, None, Settings(8, 128, 32768, 0, 8, 64)),
     ),
 }
 # `block` for 2-byte logits; wider ones take as many bytes.
