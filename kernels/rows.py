@@ -18,6 +18,7 @@ from entropy_fast.kernels.rows_pairs import has_pairs
 from entropy_fast.kernels.settings import (
     Settings,
     forward_settings,
+    is_flat,
     multiprocessors,
     packed_instructions,
     registers,
@@ -126,8 +127,7 @@ class Forward:
             logits.element_size(),
             vector_width(logits),
             vocab,
-            # rows a constant apart
-            not sequences and (outer == 1 or logits.stride(0) == inner * logits.stride(1)),
+            not sequences and is_flat(logits),
             mask is not None,
             bias is not None,
             transform.softcap is not None,

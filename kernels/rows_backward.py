@@ -28,6 +28,7 @@ from entropy_fast.kernels.rows import TRITON_DTYPE
 from entropy_fast.kernels.settings import (
     BackwardSettings,
     backward_settings,
+    is_flat,
     packed_instructions,
     registers,
     vector_width,
@@ -279,7 +280,7 @@ def row_stats_backward(
         transform.softcap is not None,
         vocab,
         even,
-        all(t.shape[0] == 1 or t.stride(0) == inner * t.stride(1) for t in (logits, out)),
+        is_flat(logits) and is_flat(out),
         gapless,
         width,
         bias is not None,

@@ -9,7 +9,7 @@ Words hold the complement of a number's bits. That is 0 for one NaN alone, in pl
 
 Taking words only reads them, for the compiler may do it twice, in other threads; `clear_words` comes once all have.
 
-Who waits does so for programs that started before (`rows_kernel.unit_at`), as the look-back of prefix sums does
+Who waits does so for programs that started before (`rows_order.unit_at`), as the look-back of prefix sums does
 (Merrill and Garland, Single-pass Parallel Prefix Scan with Decoupled Look-back, 2016).
 """
 

@@ -59,6 +59,7 @@ class BackwardSettings(NamedTuple):
 
 # (largest row in bytes, loads of less than 8 bytes or None for either, settings), the first that fits; bf16 shapes
 # chose them, timed as by `python -m bench tune`, few and masked rows too; explained in bench/NOTES.md.
+# What all GPUs share:
 TINY = (4096, None, Settings(4, 32, 65536, 1, 32, 64, together=4))
 WHOLE = (
     (16384, None, Settings(8, 128, 65536, 0, 8, 64)),
@@ -92,6 +93,12 @@ def vector_width(logits: torch.Tensor) -> int:
         starts |= stride * itemsize
     # the lowest bit that any of them has: the largest power of two that divides all
     return (starts & -starts) // itemsize
+
+
+def is_flat(logits: torch.Tensor) -> bool:
+    """Whether the rows of (outer, inner, vocab) are a constant apart, so that one number says which row it is."""
+    outer, inner, _ = logits.shape
+    return outer == 1 or logits.stride(0) == inner * logits.stride(1)
 
 
 @cache

@@ -309,7 +309,7 @@ def test_softcaps_out_of_proportion_are_worked_out_one_by_one(transform):
 def test_strides(dtype):
     from entropy_fast.kernels.rows import row_stats
 
-    base = (3 * torch.randn(2, 3, 120)).to(dtype)
+    base = (3 * torch.randn(3, 4, 120)).to(dtype)
     for view in (base[:, :-1], base[:, 1:], base[..., :104], base[..., 3:90], base.transpose(0, 1), base[::2, ::3]):
         targets = torch.randint(view.shape[-1], view.shape[:2])
         assert_close(row_stats(view, targets, None, None, _plain(), small()), reference(view, targets), 3e-6)
@@ -448,12 +448,12 @@ def test_rows_with_more_sets_than_a_warp_has_lanes_end_in_groups(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 4, 5, 14])
-def test_masked_short_rows_are_what_they_are_without_a_mask(rows, device):
-    """A program takes four rows."""
+@pytest.mark.parametrize(("rows", "together"), [(1, 4), (4, 4), (5, 4), (14, 4), (27, 1)])
+def test_masked_rows_are_what_they_are_without_a_mask(rows, together, device):
+    """A program takes four rows; or one, of rows that are spread out by eights and a rest of three."""
     from entropy_fast.kernels.rows import row_stats
 
-    settings = small(4096, together=4)
+    settings = small(4096, together=together)
     logits, targets = 3 * torch.randn(1, rows, 100, device=device), torch.randint(100, (1, rows), device=device)
     whole = row_stats(logits, targets, None, None, _plain(), settings)
     assert_close([t.cpu() for t in whole], reference(logits.cpu(), targets.cpu()), 3e-6)
